@@ -1,0 +1,1 @@
+"""Backends compute, transports move; both are picked by name and imported only then."""

@@ -1,0 +1,70 @@
+"""What the CPU is: its level-2 cache, and the BLAS that NumPy calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ringsim.units import parse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """The level-2 cache of one core and where the figure comes from."""
+
+    level2_nbytes: int
+    source: str
+
+
+@lru_cache(maxsize=1)
+def detect_cache() -> Cache:
+    """The level-2 cache as the operating system reports it; 1 MiB, marked as assumed, where it reports none."""
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        if (index / "level").read_text().strip() == "2":
+            size = (index / "size").read_text().strip()
+            return Cache(level2_nbytes=int(parse(size.replace("K", " KiB").replace("M", " MiB"), "size")), source=str(index))
+    if sys.platform == "darwin":
+        found = subprocess.run(["sysctl", "-n", "hw.l2cachesize"], capture_output=True, text=True, check=False).stdout.strip()
+        if found.isdigit():
+            return Cache(level2_nbytes=int(found), source="sysctl hw.l2cachesize")
+    return Cache(level2_nbytes=2**20, source="assumed: the system reports no level-2 cache")
+
+
+@lru_cache(maxsize=1)
+def _controller() -> Any:
+    import numpy as np
+    import threadpoolctl
+
+    np.dot(np.ones(2), np.ones(2))
+    return threadpoolctl.ThreadpoolController()
+
+
+@contextmanager
+def blas_threads(count: int) -> Iterator[None]:
+    """Let BLAS use `count` threads inside the block; the caller's setting comes back after it."""
+    libraries = [library for library in _controller().lib_controllers if library.user_api == "blas"]
+    before = [library.get_num_threads() for library in libraries]
+    changed = [(library, old) for library, old in zip(libraries, before, strict=True) if old != count]
+    for library, _ in changed:
+        library.set_num_threads(count)
+    try:
+        yield
+    finally:
+        for library, old in changed:
+            library.set_num_threads(old)
+
+
+def describe() -> dict[str, object]:
+    """The facts that a CPU measurement depends on."""
+    libraries = [
+        {key: info.get(key) for key in ("internal_api", "version", "architecture", "num_threads")} for info in _controller().info()
+    ]
+    preset = {name: value for name, value in os.environ.items() if name.startswith(("OPENBLAS_", "OMP_", "MKL_"))}
+    return {"blas": libraries, "environment": preset, "level2_nbytes": detect_cache().level2_nbytes, "cache_source": detect_cache().source}

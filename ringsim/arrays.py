@@ -1,0 +1,83 @@
+"""Arrays in: anything with `__dlpack__` or the buffer protocol becomes a NumPy array, without a copy where that can be."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .dtypes import ATTENTION
+from .errors import ArrayError
+
+Array = npt.NDArray[Any]
+
+
+def as_array(name: str, value: Any) -> Array:
+    """`value` as a 4-D NumPy array that shares its memory. Raises ArrayError naming the argument."""
+    array = _view(name, value)
+    if array.ndim != 4:
+        raise ArrayError(f"{name} has {array.ndim} dimensions {array.shape}; expected (batch, seq, heads, head_dim)")
+    if array.dtype.name not in ATTENTION:
+        raise ArrayError(f"{name} has dtype {array.dtype.name}; allowed: {', '.join(ATTENTION)}")
+    return array
+
+
+def as_any_array(name: str, value: Any) -> Array:
+    """`value` as a NumPy array of any rank and dtype that shares its memory."""
+    return _view(name, value)
+
+
+def _view(name: str, value: Any) -> Array:
+    if isinstance(value, np.ndarray):
+        return value
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _from_torch(name, value, torch)
+    if hasattr(value, "__dlpack__"):
+        device_kind = getattr(value, "__dlpack_device__", lambda: (1, 0))()[0]
+        if device_kind != 1:
+            raise ArrayError(f"{name} lies on a device (DLPack kind {int(device_kind)}); backend 'numpy' needs host memory")
+        try:
+            return np.from_dlpack(value)
+        except (RuntimeError, TypeError, BufferError, ValueError):
+            return np.asarray(value)
+    try:
+        return np.asarray(memoryview(value))
+    except TypeError:
+        raise ArrayError(f"{name} is {type(value).__name__}: it has neither __dlpack__ nor the buffer protocol") from None
+
+
+def _from_torch(name: str, tensor: Any, torch: Any) -> Array:
+    """NumPy has no DLPack bfloat16, so such a tensor crosses as 16-bit integers."""
+    if tensor.requires_grad:
+        raise ArrayError(f"{name} is a torch tensor that requires grad; pass {name}.detach()")
+    if tensor.device.type != "cpu":
+        raise ArrayError(f"{name} lies on {tensor.device}; backend 'numpy' needs host memory")
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        bits: Array = np.from_dlpack(tensor.view(torch.int16))
+        return bits.view(ml_dtypes.bfloat16)
+    array: Array = np.from_dlpack(tensor)
+    return array
+
+
+def writable(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An output argument as an array to write into. Raises ArrayError if shape, dtype or layout do not fit."""
+    array = _view(name, value)
+    if array.shape != shape or array.dtype != dtype:
+        raise ArrayError(f"{name} is {array.dtype.name}{array.shape}; expected {dtype.name}{shape}")
+    if not array.flags.writeable:
+        array = _unlock(name, value, array)
+    return array
+
+
+def _unlock(name: str, value: Any, array: Array) -> Array:
+    """np.from_dlpack marks some views read-only although the owner is writable: ask the buffer protocol instead."""
+    if hasattr(value, "__array__") and not isinstance(value, np.ndarray):
+        again = np.asarray(value)
+        if again.flags.writeable and again.__array_interface__["data"][0] == array.__array_interface__["data"][0]:
+            return again
+    raise ArrayError(f"{name} is read-only")

@@ -1,0 +1,118 @@
+"""Lowering: how a backend cuts a tile for its cache. The backend runs these panels and the cost model prices them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from .errors import WorkloadError
+from .tile import IntArray, Tile
+
+
+class Panel(NamedTuple):
+    """Rows [q_begin, q_end) against keys [k_begin, k_end) of a tile; `masked` if a band crosses it."""
+
+    q_begin: int
+    q_end: int
+    k_begin: int
+    k_end: int
+    masked: bool
+
+
+class MicroTiles(NamedTuple):
+    """`count` alike pieces that a kernel computes whole, hidden pairs included."""
+
+    count: int
+    q_rows: int
+    k_rows: int
+    masked: bool
+
+    @property
+    def pairs(self) -> int:
+        """Pairs computed, seen or not."""
+        return self.count * self.q_rows * self.k_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocking:
+    """Micro-tiles of at most `q_rows` x `k_rows`; where a band cuts a block, strips of `edge_rows` follow its edge.
+
+    `exact` prices the visible pairs alone, as an ideal device would.
+    """
+
+    q_rows: int
+    k_rows: int
+    edge_rows: int
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.q_rows, self.k_rows, self.edge_rows) < 1:
+            raise WorkloadError(f"micro-tiles need at least one row: {self.q_rows} x {self.k_rows}, edge {self.edge_rows}")
+
+    def blocks(self, tile: Tile) -> Iterator[tuple[int, int, tuple[Panel, ...]]]:
+        """Blocks of query rows [begin, end) with their panels, in the order of computation."""
+        if not tile.masked:
+            for begin in range(0, tile.q.count, self.q_rows):
+                end = min(begin + self.q_rows, tile.q.count)
+                yield begin, end, (Panel(begin, end, 0, tile.k.count, False),)
+            return
+        low, high = tile.intervals()
+        for begin in range(0, tile.q.count, self.q_rows):
+            end = min(begin + self.q_rows, tile.q.count)
+            if panels := tuple(self._panels(low, high, begin, end)):
+                yield begin, end, panels
+
+    def _panels(self, low: IntArray, high: IntArray, begin: int, end: int) -> Iterator[Panel]:
+        """The keys that the whole block sees in one panel; what lies left and right of them in strips."""
+        first, last = int(low[begin]), int(high[end - 1])
+        left, right = int(low[end - 1]), int(high[begin])
+        if left >= right:
+            yield from self._strips(low, high, begin, end, first, last)
+            return
+        yield Panel(begin, end, left, right, False)
+        yield from self._strips(low, high, begin, end, first, left)
+        yield from self._strips(low, high, begin, end, right, last)
+
+    def _strips(self, low: IntArray, high: IntArray, begin: int, end: int, first: int, last: int) -> Iterator[Panel]:
+        for top in range(begin, end, self.edge_rows) if last > first else ():
+            bottom = min(top + self.edge_rows, end)
+            seen_from, seen_to = max(first, int(low[top])), min(last, int(high[bottom - 1]))
+            full_from, full_to = max(first, int(low[bottom - 1])), min(last, int(high[top]))
+            if full_from >= full_to:
+                full_from = full_to = seen_to
+            for k_begin, k_end, masked in ((seen_from, full_from, True), (full_from, full_to, False), (full_to, seen_to, True)):
+                if k_end > k_begin:
+                    yield Panel(top, bottom, k_begin, k_end, masked)
+
+    def micro_tiles(self, tile: Tile) -> tuple[MicroTiles, ...]:
+        """What one (sequence, query head) of the tile is cut into, alike pieces together."""
+        at_origin = replace(tile, batch=(0, 1), heads=(0, 1), q=replace(tile.q, row=0, start=tile.q.start - tile.k.start))
+        return _micro_tiles(self, replace(at_origin, k=replace(tile.k, row=0, start=0)))
+
+
+@lru_cache(maxsize=8192)
+def _micro_tiles(blocking: Blocking, tile: Tile) -> tuple[MicroTiles, ...]:
+    if blocking.exact:
+        return (MicroTiles(1, 1, tile.pairs(), False),)
+    counts: Counter[tuple[int, int, bool]] = Counter()
+    if not tile.masked:
+        full_blocks, rest = divmod(tile.q.count, blocking.q_rows)
+        for rows, copies in ((blocking.q_rows, full_blocks), (rest, 1 if rest else 0)):
+            _count(counts, blocking, Panel(0, rows, 0, tile.k.count, False), copies)
+    else:
+        for _, _, panels in blocking.blocks(tile):
+            for panel in panels:
+                _count(counts, blocking, panel, 1)
+    return tuple(MicroTiles(count, *key) for key, count in sorted(counts.items()))
+
+
+def _count(counts: Counter[tuple[int, int, bool]], blocking: Blocking, panel: Panel, copies: int) -> None:
+    rows = panel.q_end - panel.q_begin
+    whole, rest = divmod(panel.k_end - panel.k_begin, blocking.k_rows)
+    if copies and whole:
+        counts[rows, blocking.k_rows, panel.masked] += whole * copies
+    if copies and rest:
+        counts[rows, rest, panel.masked] += copies

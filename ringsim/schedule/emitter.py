@@ -1,0 +1,115 @@
+"""From a strategy's intent to ops: ids, chunks, barriers and the waits that follow from the regions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..tile import Tile
+from .ops import Compute, Op, Post, Recv, Region, Send, Wait
+
+MAX_MESSAGE_NBYTES = 2**31 - 1
+BARRIER_TAG = 16
+
+
+def hazards(op: Send | Recv | Compute, outstanding: tuple[Post, ...]) -> tuple[int, ...]:
+    """Ids of the outstanding posts that must complete before `op` may start.
+
+    Read after write (a region that is still arriving), write after read (a slot that is still being sent) and write
+    after write. Order among computes is the program's own.
+    """
+    reads = op.reads if isinstance(op, Compute) else (op.region,) if isinstance(op, Send) else ()
+    writes = op.writes if isinstance(op, Compute) else (op.region,) if isinstance(op, Recv) else ()
+    waits = []
+    for post in outstanding:
+        touched = writes if isinstance(post, Send) else reads + writes
+        if any(region.overlaps(post.region) for region in touched):
+            waits.append(post.id)
+    return tuple(waits)
+
+
+class Emitter:
+    """Yields one rank's ops in issue order; a strategy sets `step` and calls recv, send, compute and barrier."""
+
+    def __init__(self, rank: int, world_size: int, max_message_nbytes: int = MAX_MESSAGE_NBYTES) -> None:
+        self.rank = rank
+        self.step = 0
+        self._world_size = world_size
+        self._limit = max_message_nbytes
+        self._outstanding: dict[int, Post] = {}
+        self._next_id = 0
+        self._barriers = 0
+
+    def recv(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
+        """Post a receive, in chunks if it is long; nothing for an empty region."""
+        for part in self._chunks(region):
+            op = Recv(id=-1, step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
+            yield from self._post(op)
+
+    def send(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
+        """Post a send, in chunks if it is long; nothing for an empty region."""
+        for part in self._chunks(region):
+            op = Send(id=-1, step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
+            yield from self._post(op)
+
+    def compute(
+        self,
+        kernel: str,
+        *,
+        reads: tuple[Region, ...],
+        writes: tuple[Region, ...],
+        phase: str,
+        tiles: tuple[Tile, ...] = (),
+        flops: int = 0,
+    ) -> Iterator[Op]:
+        """Launch a kernel."""
+        op = Compute(id=-1, step=self.step, phase=phase, kernel=kernel, reads=reads, writes=writes, tiles=tiles, flops=flops)
+        yield from self._wait(hazards(op, tuple(self._outstanding.values())))
+        yield replace(op, id=self._take_id())
+
+    def barrier(self, group: str = "ring") -> Iterator[Op]:
+        """Nobody passes before all have come, with all their posts complete: a dissemination barrier of one-byte tokens.
+
+        Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization" (1988): ceil(log2 P) rounds.
+        """
+        yield from self.drain()
+        distance = 1
+        while distance < self._world_size:
+            token = Region(buffer="token", slot=2 * distance, shape=(1,), dtype="uint8", value=f"barrier{self._barriers}")
+            arrived = replace(token, slot=2 * distance + 1)
+            back, ahead = (self.rank - distance) % self._world_size, (self.rank + distance) % self._world_size
+            tag = BARRIER_TAG + distance.bit_length()
+            yield from self.recv(arrived, peer=back, tag=tag, phase="barrier", group=group)
+            yield from self.send(token, peer=ahead, tag=tag, phase="barrier", group=group)
+            yield from self.drain("barrier")
+            distance *= 2
+        self._barriers += 1
+
+    def drain(self, phase: str = "drain") -> Iterator[Op]:
+        """Wait for every outstanding post."""
+        yield from self._wait(tuple(self._outstanding), phase)
+
+    def _chunks(self, region: Region) -> Iterator[Region]:
+        if region.nbytes <= self._limit:
+            if region.nbytes:
+                yield region
+            return
+        for begin in range(0, region.nbytes, self._limit):
+            size = min(self._limit, region.nbytes - begin)
+            yield replace(region, shape=(size,), dtype="uint8", offset=region.offset + begin)
+
+    def _post(self, op: Post) -> Iterator[Op]:
+        yield from self._wait(hazards(op, tuple(self._outstanding.values())))
+        op = replace(op, id=self._take_id())
+        self._outstanding[op.id] = op
+        yield op
+
+    def _wait(self, posts: tuple[int, ...], phase: str = "hop") -> Iterator[Op]:
+        if posts:
+            yield Wait(id=self._take_id(), step=self.step, phase=phase, posts=posts)
+            for post in posts:
+                del self._outstanding[post]
+
+    def _take_id(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1

@@ -1,0 +1,196 @@
+"""A timeline: what each rank did when, predicted or measured, and the digest of the schedule behind it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final
+
+from .errors import ComparisonError
+
+WAITS: Final = "wait"
+POSTS: Final = ("send", "recv")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One op of one rank. Times are seconds from the common start.
+
+    kind: ``send``, ``recv`` (from post to observed completion), ``wait``, or the kernel's name. `poll_s` is the part of a
+    kernel's time spent driving transfers. A wait is split: `late_s` until the peer has posted too, then `transfer_s` while
+    bytes move and `progress_s` while nothing moves them or nobody has looked (a measured transfer includes the latter).
+    """
+
+    rank: int
+    op: int
+    kind: str
+    step: int
+    phase: str
+    start_s: float
+    end_s: float
+    cpu_s: float = 0.0
+    poll_s: float = 0.0
+    late_s: float = 0.0
+    transfer_s: float = 0.0
+    progress_s: float = 0.0
+    nbytes: int = 0
+    peer: int = -1
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from start to end."""
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """One ring step: seconds as means over ranks; the latencies of all steps of a rank add up to its total.
+
+    `exposed_s` is communication that computation did not hide: waits after the peer has posted, and polls within kernels.
+    """
+
+    step: int
+    latency_s: float
+    slowest_s: float
+    compute_s: float
+    late_s: float
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Every rank's events on one axis. `facts` say where it comes from: topology or host, lowering, libraries."""
+
+    source: str
+    digest: str
+    world_size: int
+    events: tuple[Event, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from the first rank's start to the last rank's end."""
+        blocking = [event for event in self.events if event.kind not in POSTS]
+        if not blocking:
+            return 0.0
+        return max(event.end_s for event in blocking) - min(event.start_s for event in blocking)
+
+    def of_rank(self, rank: int) -> tuple[Event, ...]:
+        """The events of one rank, in program order."""
+        return tuple(event for event in self.events if event.rank == rank)
+
+    def steps(self) -> tuple[StepTimes, ...]:
+        """The timeline by ring step."""
+        cells = self._cells()
+        steps = sorted({step for step, _ in cells})
+        return tuple(_step_times(step, [cell for (s, _), cell in cells.items() if s == step], self.world_size) for step in steps)
+
+    def _cells(self) -> dict[tuple[int, int], dict[str, float]]:
+        """Sums by (step, rank); a rank's step lasts from the end of its last one to the end of its own last op."""
+        cells: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        origin = min((event.start_s for event in self.events if event.kind not in POSTS), default=0.0)
+        clock = dict.fromkeys(range(self.world_size), origin)
+        for event in self.events:
+            if event.kind in POSTS:
+                continue
+            cell = cells[event.step, event.rank]
+            cell["latency"] += event.end_s - clock[event.rank]
+            clock[event.rank] = event.end_s
+            cell["late"] += event.late_s
+            if event.kind == WAITS:
+                cell["exposed"] += event.transfer_s + event.progress_s
+            else:
+                cell["compute"] += event.duration_s - event.poll_s
+                cell["exposed"] += event.poll_s
+        return cells
+
+    def exposed_s(self) -> float:
+        """Exposed communication, mean over ranks, as the waits and polls show it."""
+        return sum(step.exposed_s for step in self.steps())
+
+    def late_s(self) -> float:
+        """Waiting for a peer that has not posted yet (imbalance and skew), mean over ranks."""
+        return sum(step.late_s for step in self.steps())
+
+    def compute_s(self) -> float:
+        """Computation, mean over ranks."""
+        return sum(step.compute_s for step in self.steps())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reverses it."""
+        names = tuple(Event.__dataclass_fields__)
+        rows = [[getattr(event, name) for name in names] for event in self.events]
+        head = {"source": self.source, "digest": self.digest, "world_size": self.world_size, "total_s": self.total_s}
+        steps = [asdict(step) for step in self.steps()]
+        return head | {"facts": self.facts, "steps": steps, "event_columns": list(names), "events": rows}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Timeline:
+        """A timeline from `to_dict`'s values."""
+        names = values["event_columns"]
+        events = tuple(Event(**dict(zip(names, row, strict=True))) for row in values["events"])
+        kept = {name: values[name] for name in ("source", "digest", "world_size", "facts")}
+        return cls(events=events, **kept)
+
+
+def _step_times(step: int, cells: list[dict[str, float]], world_size: int) -> StepTimes:
+    mean = {name: sum(cell[name] for cell in cells) / world_size for name in ("latency", "compute", "late", "exposed")}
+    slowest = max(cell["latency"] for cell in cells)
+    return StepTimes(
+        step=step,
+        latency_s=mean["latency"],
+        slowest_s=slowest,
+        compute_s=mean["compute"],
+        late_s=mean["late"],
+        exposed_s=mean["exposed"],
+    )
+
+
+def gather(parts: list[Timeline]) -> Timeline:
+    """One timeline from each rank's own, with the first start at 0 and every wait split by its peers' posts.
+
+    Raises ComparisonError if the digests differ.
+    """
+    digests = {part.digest for part in parts}
+    if len(digests) != 1:
+        raise ComparisonError(f"timelines of different schedules cannot be joined: {sorted(digests)}")
+    events = [event for part in parts for event in part.events]
+    origin = min((event.start_s for event in events), default=0.0)
+    shifted = [replace(event, start_s=event.start_s - origin, end_s=event.end_s - origin) for event in events]
+    return replace(parts[0], events=tuple(_split_waits(shifted)))
+
+
+def _split_waits(events: list[Event]) -> list[Event]:
+    """Fill `late_s` and `transfer_s` of measured waits; sends and receives match first in, first out."""
+    partner = _partners(events)
+    posts = {(event.rank, event.op): event for event in events if event.kind in POSTS}
+    pending: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    result = []
+    for event in events:
+        if event.kind in POSTS:
+            pending[event.rank].append((event.rank, event.op))
+        if event.kind != WAITS:
+            result.append(event)
+            continue
+        done = [key for key in pending[event.rank] if posts[key].end_s <= event.end_s]
+        pending[event.rank] = [key for key in pending[event.rank] if posts[key].end_s > event.end_s]
+        peers = [partner[key].start_s for key in done if key in partner and posts[key].end_s >= event.start_s]
+        late = min(max(max(peers, default=event.start_s) - event.start_s, 0.0), event.duration_s)
+        result.append(replace(event, late_s=late, transfer_s=event.duration_s - late))
+    return result
+
+
+def _partners(events: list[Event]) -> dict[tuple[int, int], Event]:
+    """The other half of every post. `phase` stands in for the tag: it separates hops from barriers, sizes do the rest."""
+    queues: dict[tuple[int, int, str, int, str], list[Event]] = defaultdict(list)
+    for event in events:
+        if event.kind in POSTS:
+            source, target = (event.rank, event.peer) if event.kind == "send" else (event.peer, event.rank)
+            queues[source, target, event.phase, event.step, event.kind].append(event)
+    partner = {}
+    for (source, target, phase, step, kind), sends in queues.items():
+        if kind == "send":
+            for send, recv in zip(sends, queues.get((source, target, phase, step, "recv"), []), strict=False):
+                partner[send.rank, send.op] = recv
+                partner[recv.rank, recv.op] = send
+    return partner

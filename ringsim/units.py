@@ -1,0 +1,91 @@
+"""Quantities with explicit units: parsing for YAML and the command line, formatting for people. SI only, per direction."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Final
+
+from .errors import RingsimError
+
+
+class UnitError(RingsimError, ValueError):
+    """A quantity without a unit, with a wrong one, or outside its range."""
+
+
+_SI: Final = {"": 0, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12, "P": 15}
+_BINARY: Final = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40}
+
+
+def _scaled(unit: str, factor: Decimal = Decimal(1)) -> dict[str, Decimal]:
+    return {prefix + unit: Decimal(10) ** power * factor for prefix, power in _SI.items()}
+
+
+_BYTES: Final = _scaled("B") | {prefix + "B": Decimal(2) ** power for prefix, power in _BINARY.items()}
+DIMENSIONS: Final[dict[str, dict[str, Decimal]]] = {
+    "time": {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "µs": Decimal("1e-6"), "ns": Decimal("1e-9")},
+    "size": _BYTES,
+    "bandwidth": {f"{unit}/s": scale for unit, scale in _BYTES.items()}
+    | {f"{unit}/s": scale for unit, scale in _scaled("bit", Decimal(1) / 8).items()},
+    "rate": {f"{unit}/s": scale for unit, scale in _scaled("FLOP").items()},
+}
+_EXAMPLE: Final = {"time": "8 us", "size": "80 GB", "bandwidth": "450 GB/s or 400 Gbit/s", "rate": "989 TFLOP/s"}
+_QUANTITY: Final = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s].*?)?\s*")
+
+
+def parse(text: object, dimension: str) -> float:
+    """Read a quantity such as ``450 GB/s`` in SI base units (s, B, B/s, FLOP/s); the result is correctly rounded.
+
+    Raises UnitError when the unit is missing, belongs to another dimension, or the value is negative or not finite.
+    """
+    match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        what = "a bare number" if isinstance(text, int | float) and not isinstance(text, bool) else "no quantity"
+        raise UnitError(f"{text!r} is {what}: write a {dimension} with its unit, e.g. {_EXAMPLE[dimension]}")
+    number, unit = match.groups()
+    units = DIMENSIONS[dimension]
+    if unit is None:
+        raise UnitError(f"{text!r} has no unit: write a {dimension} such as {_EXAMPLE[dimension]}")
+    if unit not in units:
+        raise UnitError(f"{text!r}: {unit!r} is no unit of {dimension}; allowed: {', '.join(units)}")
+    value = float(Decimal(number) * units[unit])
+    if not 0 <= value < float("inf"):
+        raise UnitError(f"{text!r} is out of range: a {dimension} is finite and not negative")
+    return value
+
+
+_TOKENS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+
+
+def parse_tokens(text: str) -> int:
+    """Read a count of tokens: ``6``, ``8K`` (8 x 1024), ``1M`` (1024 x 1024). Raises UnitError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)\s*", text)
+    if match is None:
+        raise UnitError(f"{text!r} is no count of tokens: write e.g. 6, 8K (= 8192) or 1M (= 1048576)")
+    value = Decimal(match[1]) * _TOKENS[match[2]]
+    if value != int(value):
+        raise UnitError(f"{text!r} is not a whole number of tokens ({value})")
+    return int(value)
+
+
+def _format(value: float, scale: tuple[tuple[float, str], ...]) -> str:
+    for factor, unit in scale:
+        if abs(value) >= factor:
+            return f"{value / factor:.4g} {unit}"
+    factor, unit = scale[-1]
+    return f"{value / factor:.4g} {unit}"
+
+
+def format_time(seconds: float) -> str:
+    """Seconds for people: ``1.234 ms``."""
+    return _format(seconds, ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")))
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes for people, SI: ``16.78 MB``."""
+    return _format(nbytes, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")))
+
+
+def format_rate(per_s: float, unit: str = "FLOP/s") -> str:
+    """A rate for people: ``133.5 GFLOP/s``."""
+    return _format(per_s, tuple((10.0**power, prefix + unit) for prefix, power in (("P", 15), ("T", 12), ("G", 9), ("M", 6), ("k", 3), ("", 0))))

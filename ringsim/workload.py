@@ -1,0 +1,102 @@
+"""What is computed: shapes, dtype, mask and pass of one attention call, without a word about how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from .dtypes import canonical
+from .errors import WorkloadError
+from .mask import Full, Mask, mask_named
+
+PASSES: Final = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One attention call over global arrays ``q (batch, q_len, heads, head_dim)``, ``k (batch, kv_len, kv_heads, head_dim)``
+    and ``v (batch, kv_len, kv_heads, v_head_dim)``.
+
+    Query i is at position ``q_offset + i``, key j at ``kv_offset + j``; masks compare positions (a decode step over a
+    cache has ``q_len=1, q_offset=kv_len-1``). `lengths`, if given, holds the valid tokens of each sequence: later keys
+    are seen by no query and later queries see nothing (output 0, lse -inf). `softmax_scale` defaults to
+    ``head_dim ** -0.5``. `wire_dtype` is that of travelling blocks. Raises WorkloadError.
+    """
+
+    q_len: int
+    kv_len: int = -1
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = -1
+    head_dim: int = 64
+    v_head_dim: int = -1
+    dtype: str = "float32"
+    mask: Mask = field(default_factory=Full)
+    softmax_scale: float = -1.0
+    q_offset: int = 0
+    kv_offset: int = 0
+    lengths: tuple[int, ...] | None = None
+    wire_dtype: str = ""
+    pass_: str = "forward"
+
+    def __post_init__(self) -> None:
+        derived = {
+            "kv_len": (-1, self.q_len),
+            "kv_heads": (-1, self.heads),
+            "v_head_dim": (-1, self.head_dim),
+            "softmax_scale": (-1.0, float(self.head_dim) ** -0.5 if self.head_dim > 0 else 1.0),
+            "wire_dtype": ("", self.dtype),
+        }
+        for name, (unset, value) in derived.items():
+            if getattr(self, name) == unset:
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "dtype", canonical(self.dtype))
+        object.__setattr__(self, "wire_dtype", canonical(self.wire_dtype))
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("q_len", "kv_len", "batch"):
+            if getattr(self, name) < 0:
+                raise WorkloadError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise WorkloadError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.heads % self.kv_heads:
+            raise WorkloadError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if not 0 < self.softmax_scale < float("inf"):
+            raise WorkloadError(f"softmax_scale is {self.softmax_scale}; it must be positive and finite")
+        if self.pass_ not in PASSES:
+            raise WorkloadError(f"unknown pass {self.pass_!r}; allowed: {', '.join(PASSES)}")
+        if self.lengths is not None:
+            limit = max(self.q_len, self.kv_len)
+            if len(self.lengths) != self.batch or not all(0 <= n <= limit for n in self.lengths):
+                raise WorkloadError(f"lengths {self.lengths} must hold {self.batch} counts between 0 and {limit}, one per sequence")
+
+    @property
+    def causal(self) -> bool:
+        """Whether the mask is the plain causal one."""
+        return self.mask.name == "causal"
+
+    def sequences(self) -> tuple[tuple[tuple[int, int], int, int], ...]:
+        """Runs of sequences of equal length: ((first, end), valid queries, valid keys)."""
+        if self.lengths is None:
+            return (((0, self.batch), self.q_len, self.kv_len),) if self.batch else ()
+        runs: list[tuple[tuple[int, int], int, int]] = []
+        for index, length in enumerate(self.lengths):
+            valid = (min(length, self.q_len), min(length, self.kv_len))
+            if runs and runs[-1][1:] == valid:
+                runs[-1] = ((runs[-1][0][0], index + 1), *valid)
+            else:
+                runs.append(((index, index + 1), *valid))
+        return tuple(runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and digests; `from_dict` reverses it."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {"mask": self.mask.name, "lengths": None if self.lengths is None else list(self.lengths)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Workload:
+        """A workload from `to_dict`'s values."""
+        lengths = values.get("lengths")
+        return cls(**(values | {"mask": mask_named(values["mask"]), "lengths": None if lengths is None else tuple(lengths)}))

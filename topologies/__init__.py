@@ -1,0 +1,1 @@
+"""Machines in YAML; read with importlib.resources."""

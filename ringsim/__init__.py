@@ -1,0 +1,78 @@
+"""ringsim: ring attention over MPI, executed and predicted from one schedule.
+
+Names are imported when first used, so that ``import ringsim`` stays light and never initialises MPI.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import RingAttention, ring_attention, shard, unshard
+    from .comparison import Comparison, compare
+    from .errors import RingsimError
+    from .execution import execute
+    from .mask import Causal, Full
+    from .partition import Partition
+    from .schedule import Schedule
+    from .simulation import exposed_communication_s, simulate
+    from .timeline import Timeline
+    from .topology import Topology
+    from .topology import load as load_topology
+    from .workload import Workload
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RingAttention": "attention",
+    "ring_attention": "attention",
+    "shard": "attention",
+    "unshard": "attention",
+    "Comparison": "comparison",
+    "compare": "comparison",
+    "RingsimError": "errors",
+    "execute": "execution",
+    "Causal": "mask",
+    "Full": "mask",
+    "Partition": "partition",
+    "Schedule": "schedule",
+    "exposed_communication_s": "simulation",
+    "simulate": "simulation",
+    "Timeline": "timeline",
+    "Topology": "topology",
+    "load_topology": "topology",
+    "Workload": "workload",
+}
+
+__all__ = [
+    "Causal",
+    "Comparison",
+    "Full",
+    "Partition",
+    "RingAttention",
+    "RingsimError",
+    "Schedule",
+    "Timeline",
+    "Topology",
+    "Workload",
+    "compare",
+    "execute",
+    "exposed_communication_s",
+    "load_topology",
+    "ring_attention",
+    "shard",
+    "simulate",
+    "unshard",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ringsim' has no attribute {name!r}")
+    module = import_module(f".{_HOME[name]}", __name__)
+    return getattr(module, "load" if name == "load_topology" else name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -35,6 +35,7 @@ class Event:
     progress_s: float = 0.0
     nbytes: int = 0
     peer: int = -1
+    tag: int = -1
 
     @property
     def duration_s(self) -> float:
@@ -181,16 +182,16 @@ def _split_waits(events: list[Event]) -> list[Event]:
 
 
 def _partners(events: list[Event]) -> dict[tuple[int, int], Event]:
-    """The other half of every post. `phase` stands in for the tag: it separates hops from barriers, sizes do the rest."""
-    queues: dict[tuple[int, int, str, int, str], list[Event]] = defaultdict(list)
+    """The other half of every post: per (source, target, tag), first in, first out."""
+    halves: dict[tuple[int, int, int], tuple[list[Event], list[Event]]] = defaultdict(lambda: ([], []))
     for event in events:
-        if event.kind in POSTS:
-            source, target = (event.rank, event.peer) if event.kind == "send" else (event.peer, event.rank)
-            queues[source, target, event.phase, event.step, event.kind].append(event)
+        if event.kind == "send":
+            halves[event.rank, event.peer, event.tag][0].append(event)
+        elif event.kind == "recv":
+            halves[event.peer, event.rank, event.tag][1].append(event)
     partner = {}
-    for (source, target, phase, step, kind), sends in queues.items():
-        if kind == "send":
-            for send, recv in zip(sends, queues.get((source, target, phase, step, "recv"), []), strict=False):
-                partner[send.rank, send.op] = recv
-                partner[recv.rank, recv.op] = send
+    for sends, recvs in halves.values():
+        by_id = zip(sorted(sends, key=lambda e: e.op), sorted(recvs, key=lambda e: e.op), strict=True)
+        for send, recv in by_id:
+            partner[send.rank, send.op], partner[recv.rank, recv.op] = recv, send
     return partner

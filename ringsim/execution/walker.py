@@ -99,6 +99,7 @@ class Walker:
             end_s=end_s,
             nbytes=op.region.nbytes,
             peer=op.peer,
+            tag=op.tag,
         )
         self.events.append(event)
 

@@ -1,0 +1,292 @@
+"""The library API: ring attention as one call or as a plan, and the way from global arrays to shards and back."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import as_any_array, as_array, writable
+from .dtypes import numpy_dtype
+from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
+from .execution import Rank
+from .mask import mask_named
+from .partition import Partition
+from .schedule import Schedule
+from .timeline import Timeline, gather
+from .transport import Transport
+from .workload import Workload
+
+Array = npt.NDArray[Any]
+
+
+class RingAttention:
+    """A plan: the schedule of `workload` on `comm`, its buffers made once, to be called many times.
+
+    `comm` is an mpi4py communicator (any sub-communicator; it is duplicated), a `ringsim.transport.Transport`, or None for
+    this process alone. `partition` is ``contiguous``, ``striped`` or ``zigzag``; `sync` is ``free`` or ``step``. `threads`
+    defaults to the cores of the host over its ranks. With ``check=False`` a call no longer compares shapes between ranks.
+    Every method that runs is collective. Raises WorkloadError, RankMismatch, MissingDependency.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        comm: Any = None,
+        partition: str = "contiguous",
+        strategy: str = "ring",
+        sync: str = "free",
+        threads: int | None = None,
+        timeout_s: float = 300.0,
+        check: bool = True,
+    ) -> None:
+        self._transport = transport_of(comm, timeout_s)
+        self.schedule = _agree(self._transport, lambda: _schedule(workload, self._transport, partition, strategy, sync))
+        self._rank = Rank(self.schedule, self._transport, _backend(self._transport, threads), timeout_s=timeout_s)
+        self._check = check
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Local shapes of q, k, v and out: (batch, local seq, heads, head_dim)."""
+        return self._rank.shapes()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of buffers that this rank's plan holds."""
+        return self._rank.memory.nbytes
+
+    def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Array:
+        """Attention of the local shards; returns this rank's rows of the output (or fills and returns `out`).
+
+        Shapes as in `shapes`, dtype that of the workload; anything with ``__dlpack__`` or the buffer protocol. Raises
+        RankMismatch on every rank if a shard does not fit on one, PeerTimeout if a peer does not come.
+        """
+        return self.with_lse(q, k, v, out=out)[0]
+
+    def with_lse(self, q: Any, k: Any, v: Any, *, out: Any = None) -> tuple[Array, Array]:
+        """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials."""
+        complaint, arrays = self._prepare(q, k, v, out)
+        if self._check or complaint is not None:
+            _raise_common(self._transport, complaint)
+        result = arrays[3]
+        lse = self._rank.run(*arrays)
+        return result, lse
+
+    def _prepare(self, q: Any, k: Any, v: Any, out: Any) -> tuple[str | None, list[Array]]:
+        dtype = numpy_dtype(self.schedule.workload.dtype)
+        shape = self.shapes["out"]
+        try:
+            arrays = [as_array(name, value) for name, value in (("q", q), ("k", k), ("v", v))]
+            arrays.append(np.empty(shape, dtype) if out is None else writable("out", out, shape, dtype))
+        except ArrayError as error:
+            return str(error), []
+        return self._rank.complaint(*arrays[:3]), arrays
+
+    def timeline(self) -> Timeline:
+        """The last call's timeline over all ranks, on every rank; collective. Raises WorkloadError before the first call."""
+        if self._rank.timeline is None:
+            raise WorkloadError("there is no timeline before the first call of the plan")
+        return gather(self._transport.allgather(self._rank.timeline))
+
+    def close(self) -> None:
+        """Free the duplicated communicator; collective."""
+        closer = getattr(self._transport, "close", None)
+        if closer is not None:
+            closer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+
+
+def ring_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    comm: Any = None,
+    causal: bool = False,
+    partition: str = "contiguous",
+    softmax_scale: float | None = None,
+    strategy: str = "ring",
+    sync: str = "free",
+    out: Any = None,
+    return_lse: bool = False,
+    threads: int | None = None,
+    timeout_s: float = 300.0,
+) -> Any:
+    """Exact attention over a sequence that is split over the ranks of `comm`: local shards in, local shard out.
+
+    q is (batch, local seq, heads, head_dim), k and v (batch, local seq, kv_heads, head_dim or v_head_dim); each rank holds
+    the tokens that ``Partition(kind=partition, ...)`` gives it (see `shard`). Collective. Returns this rank's rows of the
+    output, and with `return_lse` also lse (batch, heads, local seq). For repeated calls make a `RingAttention` plan.
+    Raises RankMismatch on every rank, before the first hop, if shapes, dtypes or options do not fit together.
+    Source: Ring Attention, arXiv 2310.01889; merge by log-sum-exp, FlashAttention-2, arXiv 2307.08691.
+    """
+    transport = transport_of(comm, timeout_s)
+    try:
+        options = (causal, partition, softmax_scale, strategy, sync, return_lse)
+        workload = _derive(transport, q, k, v, options, causal, partition, softmax_scale)
+        plan = RingAttention(
+            workload, comm=transport, partition=partition, strategy=strategy, sync=sync, threads=threads, timeout_s=timeout_s
+        )
+        result, lse = plan.with_lse(q, k, v, out=out)
+    finally:
+        if transport is not comm and transport.name == "mpi":
+            transport.close()  # type: ignore[attr-defined]
+    return (result, lse) if return_lse else result
+
+
+def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int = 1) -> Array:
+    """The rows of global array `x` (the same on every rank) that this rank holds under `partition`, split along `axis`.
+
+    A view where the rows are evenly spaced (contiguous, striped), else a copy. No communication.
+    """
+    array = as_any_array("x", x)
+    rank, world_size = _place(comm)
+    spans = Partition(kind=partition, length=array.shape[axis], world_size=world_size).spans(rank)
+    index: list[Any] = [slice(None)] * array.ndim
+    parts = []
+    for span in spans:
+        index[axis] = slice(span.start, span.last + 1, span.step)
+        parts.append(array[tuple(index)])
+    if not parts:
+        index[axis] = slice(0, 0)
+        return array[tuple(index)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
+
+
+def unshard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int = 1) -> Array:
+    """The global array whose shards the ranks hold, on every rank: the inverse of `shard`. Collective.
+
+    Raises RankMismatch on every rank if the shards are not those of one array under `partition`.
+    """
+    array = as_any_array("x", x)
+    if comm is None:
+        return array
+    transport = transport_of(comm)
+    try:
+        parts = transport.allgather(array)
+    finally:
+        if transport is not comm and transport.name == "mpi":
+            transport.close()  # type: ignore[attr-defined]
+    split = Partition(kind=partition, length=sum(part.shape[axis] for part in parts), world_size=transport.world_size)
+    rows = [part.shape[axis] for part in parts]
+    if rows != [split.count(rank) for rank in range(split.world_size)]:
+        raise RankMismatch(f"ranks hold {rows} rows along axis {axis}; that is no {partition} partition of {split.length}")
+    shape = list(array.shape)
+    shape[axis] = split.length
+    result = np.empty(shape, array.dtype)
+    index: list[Any] = [slice(None)] * array.ndim
+    for rank, part in enumerate(parts):
+        index[axis] = split.positions(rank)
+        result[tuple(index)] = part
+    return result
+
+
+def transport_of(comm: Any, timeout_s: float = 300.0) -> Transport:
+    """The transport of a communicator; a Transport is returned as it is, None is a world of one."""
+    if comm is None:
+        from ringsim.backends.loopback import World
+
+        return World(1).endpoint(0)
+    if hasattr(comm, "irecv") and hasattr(comm, "poll"):
+        found: Transport = comm
+        return found
+    from ringsim.backends.mpi import MpiTransport
+
+    return MpiTransport(comm, timeout_s=timeout_s)
+
+
+def _place(comm: Any) -> tuple[int, int]:
+    if comm is None:
+        return 0, 1
+    return (comm.rank, comm.world_size) if hasattr(comm, "world_size") else (comm.Get_rank(), comm.Get_size())
+
+
+def _backend(transport: Transport, threads: int | None) -> Any:
+    from ringsim.backends.numpy import NumpyBackend, default_threads
+
+    if threads is None:
+        hosts = getattr(transport, "hosts", [""] * transport.world_size)
+        threads = max(1, default_threads() // hosts.count(hosts[transport.rank]))
+    return NumpyBackend(threads=threads)
+
+
+def _schedule(workload: Workload, transport: Transport, partition: str, strategy: str, sync: str) -> Schedule:
+    return Schedule(workload=workload, world_size=transport.world_size, partition=partition, strategy=strategy, sync=sync)
+
+
+def _agree(transport: Transport, build: Any) -> Schedule:
+    """Build the schedule and make sure that all ranks built the same one."""
+    try:
+        schedule, mine = build(), ""
+    except RingsimError as error:
+        schedule, mine = None, f"{type(error).__name__}: {error}"
+    said = transport.allgather((mine, schedule.inputs() if schedule is not None else None))
+    if schedule is None:
+        raise WorkloadError(mine.partition(": ")[2])
+    _raise_if_any([message or None for message, _ in said])
+    for rank, (_, inputs) in enumerate(said):
+        for key, value in said[0][1].items():
+            if inputs[key] != value:
+                raise RankMismatch(f"rank {rank} has {key} = {inputs[key]}, rank 0 has {value}: all ranks must call alike")
+    return schedule  # type: ignore[no-any-return]
+
+
+def _raise_common(transport: Transport, complaint: str | None) -> None:
+    _raise_if_any(transport.allgather(complaint))
+
+
+def _raise_if_any(complaints: list[str | None]) -> None:
+    faults = [f"rank {rank}: {message}" for rank, message in enumerate(complaints) if message]
+    if faults:
+        raise RankMismatch("; ".join(faults))
+
+
+def _derive(
+    transport: Transport, q: Any, k: Any, v: Any, options: tuple[Any, ...], causal: bool, partition: str, scale: float | None
+) -> Workload:
+    """The global workload from every rank's shards. Raises RankMismatch on every rank if they do not fit together."""
+    try:
+        arrays = [as_array(name, value) for name, value in (("q", q), ("k", k), ("v", v))]
+        mine: Any = ([array.shape for array in arrays], [array.dtype.name for array in arrays], options)
+        fault = None
+    except ArrayError as error:
+        mine, fault = None, str(error)
+    said = transport.allgather((mine, fault))
+    _raise_if_any([message for _, message in said])
+    fixed = [[(s[0], *s[2:]) for s in shapes] + [dtypes, options] for (shapes, dtypes, options), _ in said]
+    _raise_if_any(
+        [
+            None if entry == fixed[0] else f"(batch, heads, head_dim), dtypes or options {entry} differ from rank 0's {fixed[0]}"
+            for entry in fixed
+        ]
+    )
+    shapes, dtypes = said[0][0][0], said[0][0][1]
+    if len(set(dtypes)) > 1 or shapes[1][2] != shapes[2][2] or shapes[0][3] != shapes[1][3] or len({s[0] for s in shapes}) > 1:
+        raise RankMismatch(f"q, k and v do not fit together: {', '.join(f'{d}{s}' for d, s in zip(dtypes, shapes, strict=True))}")
+    rows = [[gathered[0][index][1] for gathered, _ in said] for index in range(3)]
+    for name, held in (("q", rows[0]), ("k", rows[1]), ("v", rows[2])):
+        split = Partition(kind=partition, length=sum(held), world_size=len(held))
+        expected = [split.count(rank) for rank in range(len(held))]
+        if held != expected:
+            raise RankMismatch(f"ranks hold {held} rows of {name}; a {partition} partition of {sum(held)} tokens gives {expected}")
+    return Workload(
+        q_len=sum(rows[0]),
+        kv_len=sum(rows[1]),
+        batch=shapes[0][0],
+        heads=shapes[0][2],
+        kv_heads=shapes[1][2],
+        head_dim=shapes[0][3],
+        v_head_dim=shapes[2][3],
+        dtype=dtypes[0],
+        mask=mask_named("causal" if causal else "full"),
+        softmax_scale=-1.0 if scale is None else scale,
+    )

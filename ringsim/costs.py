@@ -1,0 +1,104 @@
+"""The cost model: what an op takes on a topology's device, priced by what its backend really computes."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log2
+
+from .dtypes import ITEMSIZE, accumulator
+from .errors import TopologyError
+from .lowering import Blocking
+from .schedule import Compute
+from .tile import Tile
+from .topology import Attention, Topology
+from .workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Device time of an op, and into how many pieces (between which a CPU backend polls) it is cut."""
+
+    seconds: float
+    pieces: int
+
+
+def interpolate(points: tuple[tuple[float, float], ...], pairs: float, what: str) -> float:
+    """Efficiency at `pairs` per micro-tile, linear in log2(pairs). Raises TopologyError outside the measured points."""
+    first, last = points[0][0], points[-1][0]
+    if not first <= pairs <= last:
+        raise TopologyError(f"{what}: {pairs:g} pairs per micro-tile lie outside the measured {first:g} to {last:g}; calibrate wider")
+    index = bisect_right(points, (pairs, 2.0)) - 1
+    (left, below), (right, above) = points[index], points[min(index + 1, len(points) - 1)]
+    return below if right == left else below + (above - below) * (log2(pairs / left) / log2(right / left))
+
+
+class Costs:
+    """Prices of one workload's ops on one topology. Raises TopologyError where the topology has no figure for it."""
+
+    def __init__(self, topology: Topology, workload: Workload) -> None:
+        self.topology = topology
+        self.workload = workload
+        self.tables = _tables(topology, workload)
+        table = self.tables[0][1].micro_tile
+        self.blocking = Blocking(q_rows=table.q_rows, k_rows=table.k_rows, edge_rows=table.edge_rows, exact=table.exact)
+        self._price = lru_cache(maxsize=65536)(self._attend)
+
+    def cost(self, op: Compute) -> Cost:
+        """Device seconds and pieces of an op."""
+        if op.kernel == "attend":
+            return self._price(op.tiles)
+        overhead = sum(weight * table.overhead for weight, table in self.tables)
+        return Cost(overhead + op.nbytes / self.topology.devices.memory_bandwidth, self.workload.batch * self.workload.heads)
+
+    def _attend(self, tiles: tuple[Tile, ...]) -> Cost:
+        pieces = sum(micro.count * _copies(tile) for tile in tiles for micro in self.blocking.micro_tiles(tile))
+        parts = [weight * self._attend_by(table, tiles) for weight, table in self.tables]
+        return Cost(sum(parts), max(pieces, 1))
+
+    def _attend_by(self, table: Attention, tiles: tuple[Tile, ...]) -> float:
+        seconds = table.overhead
+        flops_per_pair = 2 * (self.workload.head_dim + self.workload.v_head_dim)
+        for tile in tiles:
+            copies = _copies(tile)
+            for micro in self.blocking.micro_tiles(tile):
+                points, what = (table.masked, "masked") if micro.masked else (table.full, "full")
+                efficiency = points[-1][1] if self.blocking.exact else interpolate(points, micro.q_rows * micro.k_rows, what)
+                seconds += copies * micro.pairs * flops_per_pair / (table.rate * efficiency)
+            if table.pass_bandwidth is not None:
+                seconds += pass_nbytes(self.workload, tile) / table.pass_bandwidth
+        return seconds
+
+
+def _copies(tile: Tile) -> int:
+    return (tile.batch[1] - tile.batch[0]) * (tile.heads[1] - tile.heads[0])
+
+
+def pass_nbytes(workload: Workload, tile: Tile) -> int:
+    """Bytes of what the kernel touches once per tile: q scaled for each query head, k and v checked or cast for each of theirs."""
+    itemsize = ITEMSIZE[accumulator(workload.dtype)]
+    group = workload.heads // workload.kv_heads
+    sequences, heads = tile.batch[1] - tile.batch[0], tile.heads[1] - tile.heads[0]
+    queries = tile.q.count * heads * workload.head_dim
+    keys = tile.k.count * -(-heads // group) * (workload.head_dim + workload.v_head_dim)
+    return sequences * (queries + keys) * itemsize
+
+
+def _tables(topology: Topology, workload: Workload) -> tuple[tuple[float, Attention], ...]:
+    """The table of the workload's dtype and head_dim, or the two nearest head_dims with the weights of a line between them."""
+    known = sorted((table.head_dim, table) for table in topology.devices.attention if table.dtype == workload.dtype)
+    dims = [dim for dim, _ in known]
+    if workload.head_dim in dims:
+        return ((1.0, known[dims.index(workload.head_dim)][1]),)
+    below = [table for dim, table in known if dim < workload.head_dim]
+    above = [table for dim, table in known if dim > workload.head_dim]
+    if not below or not above:
+        have = ", ".join(f"{table.dtype} head_dim {table.head_dim}" for table in topology.devices.attention)
+        raise TopologyError(
+            f"{topology.name}: no attention figures for {workload.dtype} head_dim {workload.head_dim} (have: {have}); "
+            "calibrate with this --dtype and --head-dim"
+        )
+    low, high = below[-1], above[0]
+    weight = (workload.head_dim - low.head_dim) / (high.head_dim - low.head_dim)
+    return ((1 - weight, low), (weight, high))

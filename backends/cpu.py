@@ -64,7 +64,13 @@ def blas_threads(count: int) -> Iterator[None]:
 def describe() -> dict[str, object]:
     """The facts that a CPU measurement depends on."""
     libraries = [
-        {key: info.get(key) for key in ("internal_api", "version", "architecture", "num_threads")} for info in _controller().info()
+        {key: info.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
+        for info in _controller().info()
     ]
     preset = {name: value for name, value in os.environ.items() if name.startswith(("OPENBLAS_", "OMP_", "MKL_"))}
-    return {"blas": libraries, "environment": preset, "level2_nbytes": detect_cache().level2_nbytes, "cache_source": detect_cache().source}
+    return {
+        "blas": libraries,
+        "environment": preset,
+        "level2_nbytes": detect_cache().level2_nbytes,
+        "cache_source": detect_cache().source,
+    }

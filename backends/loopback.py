@@ -90,7 +90,9 @@ class World:
             match = other[key].popleft()
         send, recv = (half, match) if sending else (match, half)
         if send.data.size != recv.data.size:
-            raise TransportError(f"message {key[0]} -> {key[1]} tag {key[2]}: {send.data.size} B sent, {recv.data.size} B expected")
+            raise TransportError(
+                f"message {key[0]} -> {key[1]} tag {key[2]}: {send.data.size} B sent, {recv.data.size} B expected"
+            )
         if self._link is not None:
             self._link.move(key[0], key[1], send, recv)
         else:
@@ -159,7 +161,9 @@ class Endpoint:
         self.allgather(None)
 
 
-def spawn(world_size: int, function: Callable[[Endpoint], Any], *, link: PacedLink | None = None, timeout_s: float = 60.0) -> list[Any]:
+def spawn(
+    world_size: int, function: Callable[[Endpoint], Any], *, link: PacedLink | None = None, timeout_s: float = 60.0
+) -> list[Any]:
     """Run ``function(endpoint)`` on a thread per rank and return the results by rank; raises the first rank's error."""
     world = World(world_size, link=link, timeout_s=timeout_s)
     results: list[Any] = [None] * world_size

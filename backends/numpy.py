@@ -130,7 +130,7 @@ class NumpyBackend:
         blocking = self.blocking(op.writes[0].dtype)
         for tile in op.tiles:
             items = self._items(tile, blocking, q.shape[2] // k.shape[2], k, v, state[0].dtype)
-            self._share(items, _AttendTile(tile, blocking, q, state, scale), poll)
+            self._share(items, _AttendTile(tile, blocking, q, state, scale, _edges(tile)), poll)
 
     def _items(self, tile: Tile, blocking: Blocking, group: int, k: Array, v: Array, dtype: np.dtype[Any]) -> Iterator[Any]:
         """Work items, key/value head by head so that its conversion and its norms are made once."""
@@ -138,12 +138,13 @@ class NumpyBackend:
         rows = slice(tile.k.row, tile.k.row + tile.k.count)
         for batch in range(*tile.batch):
             for kv_head in range(tile.heads[0] // group, -(-tile.heads[1] // group)):
-                head = self._head(k[batch, rows, kv_head], v[batch, rows, kv_head], dtype, tile.masked)
+                head = self.prepare_head(k[batch, rows, kv_head], v[batch, rows, kv_head], dtype, masked=tile.masked)
                 for index in range(max(tile.heads[0], kv_head * group), min(tile.heads[1], (kv_head + 1) * group)):
                     for begin, end, panels in blocks:
                         yield batch, index, head, begin, end, panels
 
-    def _head(self, keys: Array, values: Array, dtype: np.dtype[Any], masked: bool) -> _Head:
+    def prepare_head(self, keys: Array, values: Array, dtype: np.dtype[Any], *, masked: bool) -> _Head:
+        """What is done once per key/value head of a tile: convert to `dtype`, bound the norms, look for NaN and inf."""
         if keys.dtype != dtype:
             keys, values = self._widen("k", keys, dtype), self._widen("v", values, dtype)
         key_norm = float(np.sqrt(np.einsum("ij,ij->i", keys, keys).max())) if keys.size else 0.0
@@ -223,6 +224,7 @@ class _AttendTile:
     q: Array
     state: tuple[Array, ...]
     scale: float
+    edges: tuple[Array, ...]
 
     def __call__(
         self, scratch: _Scratch, poll: Poll, batch: int, head: int, kv: _Head, begin: int, end: int, panels: tuple[Panel, ...]
@@ -237,15 +239,14 @@ class _AttendTile:
             widen(self.q[batch, first + begin : first + end, head], queries)
             queries *= queries.dtype.type(self.scale)
         bounded = self._bounded(scratch, queries, row_max, kv.key_norm)
-        low, high = self.tile.intervals() if any(panel.masked for panel in panels) else (None, None)
         for panel in panels:
             rows = slice(panel.q_begin - begin, panel.q_end - begin)
             view = (queries[rows], acc[rows], row_max[rows], row_sum[rows])
             for k_begin in range(panel.k_begin, panel.k_end, self.blocking.k_rows):
                 k_end = min(k_begin + self.blocking.k_rows, panel.k_end)
                 hidden = None
-                if panel.masked and low is not None and high is not None:
-                    hidden = _hidden(scratch, low[panel.q_begin : panel.q_end], high[panel.q_begin : panel.q_end], k_begin, k_end)
+                if panel.masked:
+                    hidden = _hidden(scratch, *(edge[panel.q_begin : panel.q_end] for edge in self.edges), k_begin, k_end)
                 (_fold_bounded if bounded else _fold_online)(scratch, kv, k_begin, k_end, hidden, *view)
                 poll()
         if bounded:
@@ -258,14 +259,19 @@ class _AttendTile:
         return largest < BOUND[queries.dtype.name] and bool(np.all((row_max == 0) | (row_max == -np.inf)))
 
 
+def _edges(tile: Tile) -> tuple[Array, ...]:
+    """Each query row's first key seen and first key no longer seen, as columns; none for a tile without a band."""
+    return tuple(edge.astype(np.int32)[:, None] for edge in tile.intervals()) if tile.masked else ()
+
+
 def _hidden(scratch: _Scratch, low: Array, high: Array, k_begin: int, k_end: int) -> npt.NDArray[np.bool_]:
     """True where a query of the strip does not see a key."""
     shape = (len(low), k_end - k_begin)
     hidden = scratch.hidden[: shape[0] * shape[1]].reshape(shape)
     columns = scratch.columns[: shape[1]]
-    np.greater_equal(columns[None, :], (high - k_begin).astype(np.int32)[:, None], out=hidden)
-    if low[-1] > k_begin:
-        hidden |= columns[None, :] < (low - k_begin).astype(np.int32)[:, None]
+    np.greater_equal(columns[None, :], high - k_begin, out=hidden)
+    if low[-1, 0] > k_begin:
+        hidden |= columns[None, :] < low - k_begin
     return hidden
 
 

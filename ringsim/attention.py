@@ -277,7 +277,9 @@ def _derive(
         split = Partition(kind=partition, length=sum(held), world_size=len(held))
         expected = [split.count(rank) for rank in range(len(held))]
         if held != expected:
-            raise RankMismatch(f"ranks hold {held} rows of {name}; a {partition} partition of {sum(held)} tokens gives {expected}")
+            raise RankMismatch(
+                f"ranks hold {held} rows of {name}; a {partition} partition of {sum(held)} tokens gives {expected}"
+            )
     return Workload(
         q_len=sum(rows[0]),
         kv_len=sum(rows[1]),

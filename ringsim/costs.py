@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log2
+from math import ceil, log2
 
 from .dtypes import ITEMSIZE, accumulator
 from .errors import TopologyError
@@ -28,7 +28,9 @@ def interpolate(points: tuple[tuple[float, float], ...], pairs: float, what: str
     """Efficiency at `pairs` per micro-tile, linear in log2(pairs). Raises TopologyError outside the measured points."""
     first, last = points[0][0], points[-1][0]
     if not first <= pairs <= last:
-        raise TopologyError(f"{what}: {pairs:g} pairs per micro-tile lie outside the measured {first:g} to {last:g}; calibrate wider")
+        raise TopologyError(
+            f"{what}: {pairs:g} pairs per micro-tile lie outside the measured {first:g} to {last:g}; calibrate wider"
+        )
     index = bisect_right(points, (pairs, 2.0)) - 1
     (left, below), (right, above) = points[index], points[min(index + 1, len(points) - 1)]
     return below if right == left else below + (above - below) * (log2(pairs / left) / log2(right / left))
@@ -62,6 +64,7 @@ class Costs:
         flops_per_pair = 2 * (self.workload.head_dim + self.workload.v_head_dim)
         for tile in tiles:
             copies = _copies(tile)
+            seconds += copies * ceil(tile.q.count / self.blocking.q_rows) * table.block_overhead
             for micro in self.blocking.micro_tiles(tile):
                 points, what = (table.masked, "masked") if micro.masked else (table.full, "full")
                 efficiency = points[-1][1] if self.blocking.exact else interpolate(points, micro.q_rows * micro.k_rows, what)
@@ -76,13 +79,13 @@ def _copies(tile: Tile) -> int:
 
 
 def pass_nbytes(workload: Workload, tile: Tile) -> int:
-    """Bytes of what the kernel touches once per tile: q scaled for each query head, k and v checked or cast for each of theirs."""
-    itemsize = ITEMSIZE[accumulator(workload.dtype)]
+    """Bytes that a tile brings in and writes back once: q and the partial output for each query head, k and v for each of
+    theirs, counted in the dtype of computation."""
     group = workload.heads // workload.kv_heads
     sequences, heads = tile.batch[1] - tile.batch[0], tile.heads[1] - tile.heads[0]
-    queries = tile.q.count * heads * workload.head_dim
-    keys = tile.k.count * -(-heads // group) * (workload.head_dim + workload.v_head_dim)
-    return sequences * (queries + keys) * itemsize
+    elements = tile.q.count * heads * (workload.head_dim + 2 * workload.v_head_dim)
+    elements += tile.k.count * -(-heads // group) * (workload.head_dim + workload.v_head_dim)
+    return sequences * elements * ITEMSIZE[accumulator(workload.dtype)]
 
 
 def _tables(topology: Topology, workload: Workload) -> tuple[tuple[float, Attention], ...]:

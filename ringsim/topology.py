@@ -41,9 +41,10 @@ class MicroTile(_Strict):
 
 
 class Attention(_Strict):
-    """What attention costs for one dtype and head_dim: overhead + bytes / pass_bandwidth + FLOPs / (rate x efficiency).
+    """What attention costs for one dtype and head_dim: overhead + blocks x block_overhead + bytes / pass_bandwidth +
+    FLOPs / (rate x efficiency).
 
-    `full` and `masked` list [pairs per micro-tile, efficiency], linear in log2(pairs) between points. `pass_bandwidth`
+    `overhead` comes once per op, `block_overhead` once per block of query rows of each tile and head. `full` and `masked` list [pairs per micro-tile, efficiency], linear in log2(pairs) between points. `pass_bandwidth`
     prices what is done once per row of a block: scaling, norms, casts.
     """
 
@@ -51,6 +52,7 @@ class Attention(_Strict):
     head_dim: Count
     rate: Rate
     overhead: Time
+    block_overhead: Time = 0.0
     pass_bandwidth: Bandwidth | None = None
     micro_tile: MicroTile
     full: Points

@@ -88,4 +88,7 @@ def format_size(nbytes: float) -> str:
 
 def format_rate(per_s: float, unit: str = "FLOP/s") -> str:
     """A rate for people: ``133.5 GFLOP/s``."""
-    return _format(per_s, tuple((10.0**power, prefix + unit) for prefix, power in (("P", 15), ("T", 12), ("G", 9), ("M", 6), ("k", 3), ("", 0))))
+    return _format(
+        per_s,
+        tuple((10.0**power, prefix + unit) for prefix, power in (("P", 15), ("T", 12), ("G", 9), ("M", 6), ("k", 3), ("", 0))),
+    )

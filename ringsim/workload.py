@@ -70,7 +70,9 @@ class Workload:
         if self.lengths is not None:
             limit = max(self.q_len, self.kv_len)
             if len(self.lengths) != self.batch or not all(0 <= n <= limit for n in self.lengths):
-                raise WorkloadError(f"lengths {self.lengths} must hold {self.batch} counts between 0 and {limit}, one per sequence")
+                raise WorkloadError(
+                    f"lengths {self.lengths} must hold {self.batch} counts between 0 and {limit}, one per sequence"
+                )
 
     @property
     def causal(self) -> bool:

@@ -23,7 +23,9 @@ class Backend(Protocol):
     def name(self) -> str:
         """``numpy`` or ``cupy``."""
 
-    def compute(self, op: Compute, fetch: Callable[[Region], npt.NDArray[Any]], *, scale: float, poll: Callable[[], None]) -> None:
+    def compute(
+        self, op: Compute, fetch: Callable[[Region], npt.NDArray[Any]], *, scale: float, poll: Callable[[], None]
+    ) -> None:
         """Run one op on the arrays of its regions, calling `poll` between micro-tiles."""
 
 

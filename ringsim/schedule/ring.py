@@ -48,7 +48,9 @@ def _check(job: Job) -> None:
     if job.workload.pass_ != "forward":
         raise WorkloadError(f"strategy 'ring' has no schedule for pass {job.workload.pass_!r}; use pass 'forward'")
     if job.workload.wire_dtype != job.workload.dtype:
-        raise WorkloadError(f"strategy 'ring' sends blocks as they are: wire_dtype {job.workload.wire_dtype} must be {job.workload.dtype}")
+        raise WorkloadError(
+            f"strategy 'ring' sends blocks as they are: wire_dtype {job.workload.wire_dtype} must be {job.workload.dtype}"
+        )
 
 
 def _home(job: Job, name: str, rank: int) -> Region:

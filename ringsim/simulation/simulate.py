@@ -38,7 +38,12 @@ def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False)
     if stuck:
         raise ScheduleError(f"deadlock: rank(s) {stuck} wait for ever in schedule {schedule.digest[:12]}")
     events = tuple(event for rank in ranks for event in rank.events)
-    facts = {"topology": topology.name, "topology_source": topology.source, "free_hops": free_hops, "cores": topology.devices.cores}
+    facts = {
+        "topology": topology.name,
+        "topology_source": topology.source,
+        "free_hops": free_hops,
+        "cores": topology.devices.cores,
+    }
     return Timeline(source="predicted", digest=schedule.digest, world_size=schedule.world_size, events=events, facts=facts)
 
 
@@ -50,7 +55,9 @@ def exposed_communication_s(schedule: Schedule, topology: Topology) -> float:
 class _Rank:
     """One rank's process: the simulator's counterpart of the executor's walker."""
 
-    def __init__(self, env: simpy.Environment, rank: int, schedule: Schedule, costs: Costs, cores: Cores, network: Network) -> None:
+    def __init__(
+        self, env: simpy.Environment, rank: int, schedule: Schedule, costs: Costs, cores: Cores, network: Network
+    ) -> None:
         self.events: list[Event] = []
         self._env = env
         self._rank = rank

@@ -63,6 +63,7 @@ class MpiTransport:
         self.rank: int = self._comm.Get_rank()
         self.world_size: int = self._comm.Get_size()
         self.timeout_s = timeout_s
+        self.library: str = self._mpi.Get_library_version().split("\n")[0].strip("\x00 ")
         self._requests: list[Any] = []
         self._handles: list[Handle] = []
         self.oversubscribed = False

@@ -69,8 +69,10 @@ class RingAttention:
     def with_lse(self, q: Any, k: Any, v: Any, *, out: Any = None) -> tuple[Array, Array]:
         """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials."""
         complaint, arrays = self._prepare(q, k, v, out)
-        if self._check or complaint is not None:
+        if self._check:
             _raise_common(self._transport, complaint)
+        elif complaint is not None:
+            raise ArrayError(f"rank {self._transport.rank}: {complaint}")
         result = arrays[3]
         lse = self._rank.run(*arrays)
         return result, lse

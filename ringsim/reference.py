@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .tile import IntArray
 from .workload import Workload
 
 Array = npt.NDArray[Any]
+
+
+ROWS_AT_ONCE = 1024
 
 
 def dense_attention(workload: Workload, q: Array, k: Array, v: Array, *, dtype: str = "float64") -> tuple[Array, Array]:
@@ -17,18 +21,26 @@ def dense_attention(workload: Workload, q: Array, k: Array, v: Array, *, dtype: 
 
     Returns out (batch, q_len, heads, v_head_dim) and lse (batch, heads, q_len). Rows that see no key give 0 and -inf.
     """
+    return dense_rows(workload, np.arange(workload.q_len), q, k, v, dtype=dtype)
+
+
+def dense_rows(
+    workload: Workload, rows: IntArray, q: Array, k: Array, v: Array, *, dtype: str = "float64"
+) -> tuple[Array, Array]:
+    """As `dense_attention`, for the queries `rows` alone: q is (batch, len(rows), heads, head_dim), k and v are global."""
     group = workload.heads // workload.kv_heads
-    out = np.zeros((workload.batch, workload.q_len, workload.heads, workload.v_head_dim), dtype)
-    lse = np.full((workload.batch, workload.heads, workload.q_len), -np.inf, dtype)
-    q_positions = workload.q_offset + np.arange(workload.q_len)
-    k_positions = workload.kv_offset + np.arange(workload.kv_len)
+    out = np.zeros((workload.batch, len(rows), workload.heads, workload.v_head_dim), dtype)
+    lse = np.full((workload.batch, workload.heads, len(rows)), -np.inf, dtype)
     for (first, end), queries, keys in workload.sequences():
-        seen = workload.mask.visible(q_positions[:queries], k_positions[:keys])
-        for batch in range(first, end):
-            for head in range(workload.heads):
-                operands = (q[batch, :queries, head], k[batch, :keys, head // group], v[batch, :keys, head // group])
-                result = _one_head(*(np.asarray(x, dtype) for x in operands), seen, workload.softmax_scale)
-                out[batch, :queries, head], lse[batch, head, :queries] = result
+        for begin in range(0, len(rows), ROWS_AT_ONCE):
+            some = np.arange(begin, min(begin + ROWS_AT_ONCE, len(rows)))
+            some = some[rows[some] < queries]
+            seen = workload.mask.visible(workload.q_offset + rows[some], workload.kv_offset + np.arange(keys))
+            for batch in range(first, end):
+                for head in range(workload.heads):
+                    operands = (q[batch, some, head], k[batch, :keys, head // group], v[batch, :keys, head // group])
+                    result = _one_head(*(np.asarray(x, dtype) for x in operands), seen, workload.softmax_scale)
+                    out[batch, some, head], lse[batch, head, some] = result
     return out, lse
 
 

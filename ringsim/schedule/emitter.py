@@ -38,7 +38,6 @@ class Emitter:
         self._limit = max_message_nbytes
         self._outstanding: dict[int, Post] = {}
         self._next_id = 0
-        self._barriers = 0
 
     def recv(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
         """Post a receive, in chunks if it is long; nothing for an empty region."""
@@ -75,7 +74,7 @@ class Emitter:
         yield from self.drain()
         distance = 1
         while distance < self._world_size:
-            token = Region(buffer="token", slot=2 * distance, shape=(1,), dtype="uint8", value=f"barrier{self._barriers}")
+            token = Region(buffer="token", slot=2 * distance, shape=(1,), dtype="uint8", value="token")
             arrived = replace(token, slot=2 * distance + 1)
             back, ahead = (self.rank - distance) % self._world_size, (self.rank + distance) % self._world_size
             tag = BARRIER_TAG + distance.bit_length()
@@ -83,7 +82,6 @@ class Emitter:
             yield from self.send(token, peer=ahead, tag=tag, phase="barrier", group=group)
             yield from self.drain("barrier")
             distance *= 2
-        self._barriers += 1
 
     def drain(self, phase: str = "drain") -> Iterator[Op]:
         """Wait for every outstanding post."""

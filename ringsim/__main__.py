@@ -1,0 +1,5 @@
+"""``python -m ringsim``."""
+
+from .cli.main import main
+
+main()

@@ -1,0 +1,39 @@
+"""The `ringsim` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from .. import __version__
+from .measure import calibrate, compare, run
+from .predict import schedule, simulate
+from .session import end
+
+EPILOG = "Sizes read 8K = 8192 and 1M = 1048576 tokens. Exit codes: 0 done, 1 a check failed, 2 bad input."
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="ringsim")
+def cli() -> None:
+    """Ring attention over MPI: predicted, executed and compared, from one schedule.
+
+    \b
+    ringsim simulate TOPOLOGY --ranks 8 --seq 1M --causal     what will it cost?
+    mpiexec -n 4 ringsim run --seq 8K --causal --check        what does it cost?
+    mpiexec -n 4 ringsim calibrate -o here.yaml               what is this machine?
+    mpiexec -n 4 ringsim compare --topology here.yaml ...     was the prediction right?
+    ringsim schedule --ranks 4 --seq 6 --causal               who computes and sends what?
+    """
+
+
+for command in (simulate, run, calibrate, compare, schedule):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(end(lambda: cli.main(given, prog_name="ringsim", standalone_mode=False)))

@@ -1,0 +1,208 @@
+"""Commands that run the ring: run, calibrate, compare. Start them with mpiexec."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from .. import __version__, checking, files, inputs, report, topology
+from ..attention import RingAttention
+from ..calibration import Kernel, calibrate as calibrate_machine, to_yaml
+from ..comparison import compare as compare_timelines
+from ..dtypes import ALIASES, ATTENTION, canonical
+from ..lowering import Blocking
+from ..schedule import Schedule
+from ..simulation import simulate
+from ..timeline import Timeline
+from ..transport import Transport
+from .options import OUTPUT, RUNS, WORKLOAD, Plan, plan, with_options
+from .session import check_outputs, console, leader, on_leader, open_transport, progress, write_outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Repeated runs of one schedule, and the check of the last output if one was asked for."""
+
+    schedule: Schedule
+    runs: tuple[Timeline, ...]
+    check: checking.Check | None
+
+
+def measure(
+    transport: Transport, job: Plan, *, repeats: int, warmup: int, seed: int, timeout: float, threads: int, check: bool
+) -> Measurement:
+    """Run `job` on `transport`; collective, the same result on every rank."""
+    runs: list[Timeline] = []
+    attention = RingAttention(
+        job.workload,
+        comm=transport,
+        partition=job.partition,
+        strategy=job.strategy,
+        sync=job.sync,
+        threads=threads,
+        timeout_s=timeout,
+        check=False,
+    )
+    work, schedule = job.workload, attention.schedule
+    parts = {"q": schedule.job.q_partition, "k": schedule.job.kv_partition, "v": schedule.job.kv_partition}
+    q, k, v = (inputs.rows(work, name, part.positions(transport.rank), seed) for name, part in parts.items())
+    out = np.empty(attention.shapes["out"], q.dtype)
+    with progress("running", warmup + repeats + check) as advance:
+        for index in range(warmup + repeats):
+            transport.barrier()
+            attention(q, k, v, out=out)
+            timeline = attention.timeline()
+            if index >= warmup:
+                runs.append(timeline)
+            advance("running" if index < warmup + repeats - 1 else "checking")
+        found = checking.check(transport, schedule, q, out, seed) if check else None
+    described = facts(transport, threads)
+    return Measurement(schedule=schedule, runs=tuple(with_facts(run, described) for run in runs), check=found)
+
+
+def facts(transport: Transport, threads: int) -> dict[str, Any]:
+    """What a measurement depends on: host, libraries, threads."""
+    from ringsim.backends import cpu
+    from ringsim.backends.numpy import default_threads
+
+    return {
+        "ringsim": __version__,
+        "hosts": sorted(set(transport.allgather(platform.node()))),
+        "world_size": transport.world_size,
+        "transport": transport.name,
+        "library": getattr(transport, "library", "none"),
+        "backend": "numpy",
+        "numpy": np.__version__,
+        "threads": threads,
+        "cores": default_threads(),
+        **cpu.describe(),
+    }
+
+
+def with_facts(run: Timeline, described: dict[str, Any]) -> Timeline:
+    """The timeline with these facts."""
+    return Timeline(source=run.source, digest=run.digest, world_size=run.world_size, events=run.events, facts=described)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Verify against dense attention in float64; exit 1 if it is off.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each rank.")
+@with_options(WORKLOAD, RUNS, OUTPUT)
+@click.pass_context
+def run(
+    ctx: click.Context,
+    check: bool,
+    threads: int,
+    repeats: int,
+    warmup: int,
+    seed: int,
+    timeout: float,
+    json_path: Path | None,
+    trace_path: Path | None,
+    **_: Any,
+) -> int:
+    """Run the ring on this machine and measure each step."""
+    job = plan(ctx)
+    check_outputs(json_path, trace_path)
+    transport = open_transport(timeout)
+    done = measure(transport, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, threads=threads, check=check)
+    out = console()
+    out.print(report.measurement(done.schedule, done.runs))
+    if done.check is not None:
+        out.print(done.check.sentence())
+    record = {
+        "schedule": done.schedule.inputs(),
+        "check": None if done.check is None else done.check.to_dict(),
+        "measured": [timeline.to_dict() for timeline in done.runs],
+    }
+    write_outputs(json_path, trace_path, record, {"measured": done.runs[-1]})
+    return 0 if done.check is None or done.check.passed else 1
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The topology to write.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice([*ATTENTION, *ALIASES]),
+    multiple=True,
+    default=("float32",),
+    show_default=True,
+    help="Repeatable.",
+)
+@click.option(
+    "--head-dim", "head_dims", type=click.IntRange(1), multiple=True, default=(64, 128), show_default=True, help="Repeatable."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True, help="Seconds that a wait may last."
+)
+def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...], timeout: float) -> None:
+    """Measure this machine's kernels and hops with all ranks at work, and write them as a topology."""
+    from ringsim.backends.numpy import NumpyBackend, default_threads
+
+    if leader():
+        check_outputs(output)
+    transport = open_transport(timeout)
+    kernels = [Kernel(dtype=canonical(dtype), head_dim=dim) for dtype in dtypes for dim in sorted(set(head_dims))]
+
+    def backend(blocking: Blocking | None) -> NumpyBackend:
+        return NumpyBackend(blocking=blocking)
+
+    with progress("calibrating", len(kernels) + 2) as advance:
+        described = facts(transport, 1)
+        values = calibrate_machine(transport, kernels, backend, cores=default_threads(), facts=described, progress=advance)
+    text = to_yaml(values)
+    if transport.rank == 0:
+        topology.parse(text, str(output))
+        files.write_text(output, text)
+    path = values["path"]
+    lines = [f"{table['dtype']} head_dim {table['head_dim']}: {table['rate']} a core" for table in values["devices"]["attention"]]
+    console().print(
+        "\n".join(
+            [*lines, f"hop: {path['latency']} + bytes / {path['bandwidth']}, driven by {path['progress']}", f"wrote {output}"]
+        )
+    )
+
+
+@click.command()
+@click.option(
+    "--topology", "topology_name", required=True, metavar="TOPOLOGY", help="The machine to predict on: a file or a shipped name."
+)
+@click.option("--check", is_flag=True, help="Verify against dense attention in float64; exit 1 if it is off.")
+@with_options(WORKLOAD, RUNS, OUTPUT)
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    topology_name: str,
+    check: bool,
+    repeats: int,
+    warmup: int,
+    seed: int,
+    timeout: float,
+    json_path: Path | None,
+    trace_path: Path | None,
+    **_: Any,
+) -> int:
+    """Run the ring, predict the same schedule, and show both step by step with the error of each."""
+    job = plan(ctx)
+    check_outputs(json_path, trace_path)
+    transport = open_transport(timeout)
+    machine = on_leader(transport, lambda: topology.load(topology_name))
+    predicted = on_leader(transport, lambda: simulate(job.schedule(transport.world_size), machine))
+    done = measure(transport, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, threads=1, check=check)
+    result = compare_timelines(predicted, done.runs)
+    out = console()
+    out.print(report.comparison(done.schedule, result))
+    if machine.ranks not in (None, transport.world_size):
+        out.print(f"note: {machine.name} was calibrated with {machine.ranks} ranks at work; this run has {transport.world_size}")
+    if done.check is not None:
+        out.print(done.check.sentence())
+    record = {"schedule": done.schedule.inputs()} | result.to_dict()
+    record["check"] = None if done.check is None else done.check.to_dict()
+    write_outputs(json_path, trace_path, record, {f"predicted on {machine.name}": predicted, "measured": done.runs[-1]})
+    return 0 if done.check is None or done.check.passed else 1

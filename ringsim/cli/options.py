@@ -1,0 +1,140 @@
+"""Options that several commands share, and the workload that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from .. import units, workload_file
+from ..dtypes import ALIASES, ATTENTION
+from ..errors import RingsimError, WorkloadError
+from ..mask import mask_named
+from ..partition import KINDS
+from ..schedule import STRATEGIES, Schedule
+from ..schedule.schedule import SYNCS
+from ..workload import Workload
+
+Command = Callable[..., Any]
+
+
+class Tokens(click.ParamType):
+    """A count of tokens, 1024-based."""
+
+    name = "TOKENS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """8K is 8192."""
+        if isinstance(value, int):
+            return value
+        try:
+            return units.parse_tokens(value)
+        except RingsimError as error:
+            self.fail(str(error), param, ctx)
+
+
+WORKLOAD = (
+    click.option(
+        "--workload", "workload_path", type=click.Path(path_type=Path), metavar="FILE", help="YAML with these options as keys."
+    ),
+    click.option("--seq", type=Tokens(), help="Sequence length in tokens; K = 1024, M = 1024 x 1024."),
+    click.option("--kv-seq", type=Tokens(), help="Keys, if not as many as queries."),
+    click.option("--q-offset", type=int, help="Position of the first query among the keys (cached context). [default: 0]"),
+    click.option("--batch", type=int, default=1, show_default=True, help="Sequences."),
+    click.option("--heads", type=int, default=8, show_default=True, help="Query heads."),
+    click.option("--kv-heads", type=int, help="Key/value heads. [default: as --heads]"),
+    click.option("--head-dim", type=int, default=64, show_default=True, help="Width of a query or key head."),
+    click.option("--v-head-dim", type=int, help="Width of a value head. [default: as --head-dim]"),
+    click.option(
+        "--dtype", type=click.Choice([*ATTENTION, *ALIASES]), default="float32", show_default=True, help="Of q, k and v."
+    ),
+    click.option("--causal/--full", default=False, help="Mask. [default: full]"),
+    click.option("--softmax-scale", type=float, help="Factor of the scores. [default: head_dim ** -0.5]"),
+    click.option(
+        "--partition", type=click.Choice(KINDS), default="contiguous", show_default=True, help="Which tokens a rank holds."
+    ),
+    click.option("--strategy", type=click.Choice(list(STRATEGIES)), default="ring", show_default=True, help="What travels."),
+    click.option("--sync", type=click.Choice(SYNCS), default="free", show_default=True, help="step: a barrier between rounds."),
+)
+RUNS = (
+    click.option("--repeats", type=click.IntRange(1), default=7, show_default=True, help="Runs measured."),
+    click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Runs before them."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the unit-normal inputs."),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(0, min_open=True),
+        default=300.0,
+        show_default=True,
+        help="Seconds that a wait may last.",
+    ),
+)
+OUTPUT = (
+    click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the facts as JSON."),
+    click.option(
+        "--trace", "trace_path", type=click.Path(path_type=Path), metavar="FILE", help="Write a Chrome trace, for Perfetto."
+    ),
+)
+
+
+def with_options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[[Command], Command]:
+    """Add groups of options to a command, in their order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return add
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A workload and how it is to be cut."""
+
+    workload: Workload
+    partition: str
+    strategy: str
+    sync: str
+
+    def schedule(self, world_size: int) -> Schedule:
+        """The schedule on `world_size` ranks."""
+        return Schedule(
+            workload=self.workload, world_size=world_size, partition=self.partition, strategy=self.strategy, sync=self.sync
+        )
+
+
+def plan(ctx: click.Context) -> Plan:
+    """The workload of a command: its options, over those of --workload FILE. Raises WorkloadError, click.UsageError."""
+    values = dict(ctx.params)
+    path = values.get("workload_path")
+    if path is not None:
+        for name, value in workload_file.load(path).items():
+            if ctx.get_parameter_source(name) in (ParameterSource.DEFAULT, None):
+                values[name] = value
+    if values["seq"] is None:
+        raise click.UsageError("how long is the sequence? Give --seq, e.g. --seq 8K", ctx)
+    for name, allowed in (("partition", KINDS), ("strategy", STRATEGIES), ("sync", SYNCS)):
+        if values[name] not in allowed:
+            raise WorkloadError(f"{path}: {name} {values[name]!r} is unknown; allowed: {', '.join(allowed)}")
+    workload = Workload(
+        q_len=values["seq"],
+        kv_len=_or(values["kv_seq"], -1),
+        q_offset=_or(values["q_offset"], 0),
+        batch=values["batch"],
+        heads=values["heads"],
+        kv_heads=_or(values["kv_heads"], -1),
+        head_dim=values["head_dim"],
+        v_head_dim=_or(values["v_head_dim"], -1),
+        dtype=values["dtype"],
+        mask=mask_named("causal" if values["causal"] else "full"),
+        softmax_scale=_or(values["softmax_scale"], -1.0),
+    )
+    return Plan(workload=workload, partition=values["partition"], strategy=values["strategy"], sync=values["sync"])
+
+
+def _or(value: Any, unset: Any) -> Any:
+    return unset if value is None else value

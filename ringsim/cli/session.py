@@ -1,0 +1,161 @@
+"""A command's place in the job: its transport, who prints, and how the job ends when a rank fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from .. import files
+from ..errors import PeerTimeout, RingsimError
+from ..timeline import Timeline
+from ..trace import trace_events
+from ..transport import Transport
+
+Value = TypeVar("Value")
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
+GATHER_S = 2.0
+
+
+def launched_rank() -> int | None:
+    """This process's rank as its launcher announced it; None without a launcher."""
+    found = (os.environ[name] for name in RANK_VARIABLES if os.environ.get(name, "").isdigit())
+    return next((int(text) for text in found), None)
+
+
+def open_transport(timeout_s: float) -> Transport:
+    """MPI's world where a launcher started this process, else a world of this process alone."""
+    if launched_rank() is None:
+        from ringsim.backends.loopback import World
+
+        return World(1).endpoint(0)
+    from ringsim.backends.mpi import MpiTransport, load
+
+    return MpiTransport(load().COMM_WORLD, timeout_s=timeout_s)
+
+
+def leader() -> bool:
+    """Whether this process prints."""
+    return launched_rank() in (None, 0)
+
+
+def console(*, error: bool = False) -> Console:
+    """Where rank 0 prints. Output that is no terminal is wide, plain and unwrapped."""
+    stream = sys.stderr if error else sys.stdout
+    return Console(
+        file=stream, quiet=not leader(), width=None if stream.isatty() else 200, highlight=False, soft_wrap=not stream.isatty()
+    )
+
+
+def on_leader(transport: Transport, function: Callable[[], Value]) -> Value:
+    """What `function` returns on rank 0, on every rank; or its error, on every rank."""
+    value, error = None, None
+    if transport.rank == 0:
+        try:
+            value = function()
+        except RingsimError as problem:
+            error = problem
+    value, error = transport.allgather((value, error))[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on rank 0's terminal, nothing in a log; the function given advances it and names what comes next."""
+    shown = leader() and sys.stderr.isatty()
+    with Progress(console=console(error=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def write_outputs(json_path: Path | None, trace_path: Path | None, facts: dict[str, Any], timelines: dict[str, Timeline]) -> None:
+    """Rank 0 writes what was asked for."""
+    if not leader():
+        return
+    if json_path is not None:
+        files.write_json(json_path, facts)
+    if trace_path is not None:
+        files.write_json(trace_path, trace_events(timelines))
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Raise FileError before the work if an output cannot be written."""
+    for path in paths:
+        if path is not None:
+            files.check_writable(path)
+
+
+def end(run: Callable[[], Any]) -> int:
+    """Run a command; returns the exit code. Whatever ends one rank ends the job, with the rank and the cause named."""
+    try:
+        code = run()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.ClickException as error:
+        if leader():
+            error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted")
+        return _abort(130)
+    except BrokenPipeError:
+        return _abort(1)
+    except RingsimError as error:
+        return _end_together(f"ringsim: {error}", local=isinstance(error, PeerTimeout))
+    except BaseException as error:
+        trace = "".join(traceback.format_exception(error))
+        _say(f"ringsim: rank {launched_rank() or 0} failed: {error!r}\n{trace}", always=True)
+        return _abort(1)
+
+
+def _end_together(message: str, *, local: bool) -> int:
+    """An error that all ranks raised is said once and ends the job in order; one that only some raised aborts it."""
+    if local or not _everyone_is_here():
+        _say(message, always=True)
+        return _abort(2)
+    _say(message)
+    return 2
+
+
+def _everyone_is_here() -> bool:
+    mpi = _initialised_mpi()
+    if mpi is None or mpi.COMM_WORLD.Get_size() == 1:
+        return True
+    arrived, limit = mpi.COMM_WORLD.Ibarrier(), time.monotonic() + GATHER_S
+    while not arrived.Test():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(1e-3)
+    return True
+
+
+def _initialised_mpi() -> Any:
+    module = sys.modules.get("mpi4py.MPI")
+    return module if module is not None and module.Is_initialized() and not module.Is_finalized() else None
+
+
+def _say(message: str, *, always: bool = False) -> None:
+    """One write a message: MPI interleaves what ranks print."""
+    if always or leader():
+        sys.stderr.write(message.rstrip("\n") + "\n")
+        sys.stderr.flush()
+
+
+def _abort(code: int) -> int:
+    mpi = _initialised_mpi()
+    if mpi is not None and mpi.COMM_WORLD.Get_size() > 1:
+        sys.stdout.flush()
+        mpi.COMM_WORLD.Abort(code)
+    return code

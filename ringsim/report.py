@@ -1,0 +1,129 @@
+"""Tables for people: a prediction, a measurement, a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .comparison import QUANTITIES, Comparison, Measured
+from .schedule import Schedule, Send
+from .timeline import Timeline
+from .units import format_rate, format_size, format_time
+
+WORDS = {
+    "total_s": "total",
+    "compute_s": "compute",
+    "exposed_s": "exposed communication",
+    "late_s": "late peer",
+}
+BYTES_WORLD = 64
+
+
+def workload_line(schedule: Schedule) -> str:
+    """The workload and how it is cut, in one line."""
+    work = schedule.workload
+    lengths = f"seq {work.q_len}" if work.q_len == work.kv_len else f"q_len {work.q_len}, kv_len {work.kv_len}"
+    heads = f"{work.heads} heads" if work.heads == work.kv_heads else f"{work.heads}/{work.kv_heads} heads"
+    shape = f"batch {work.batch}, {lengths}, {heads}, head_dim {work.head_dim}, {work.dtype}, {work.mask.name}"
+    return f"{schedule.strategy}, {schedule.partition}, sync {schedule.sync}, {schedule.world_size} ranks: {shape}"
+
+
+def useful_flops(schedule: Schedule) -> int:
+    """FLOPs of the visible pairs over all ranks."""
+    job = schedule.job
+    ranks = range(schedule.world_size)
+    return sum(job.flops(job.tiles(q_rank, kv_rank)) for q_rank in ranks for kv_rank in ranks)
+
+
+def sent_nbytes(schedule: Schedule) -> int:
+    """Bytes that rank 0 sends."""
+    return sum(op.region.nbytes for op in schedule.program(0) if isinstance(op, Send))
+
+
+def _steps_table(columns: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _rate_line(schedule: Schedule, total_s: float) -> str:
+    if schedule.world_size > BYTES_WORLD or total_s == 0:
+        return f"rank 0 sends {format_size(sent_nbytes(schedule))}"
+    flops = useful_flops(schedule)
+    return f"{format_rate(flops / total_s)} over all ranks (visible pairs); rank 0 sends {format_size(sent_nbytes(schedule))}"
+
+
+def prediction(schedule: Schedule, timeline: Timeline, exposed_wall_s: float) -> RenderableType:
+    """What `simulate` prints."""
+    table = _steps_table(("step", "latency", "slowest rank", "compute", "exposed comm.", "late peer"))
+    for step in timeline.steps():
+        values = (step.latency_s, step.slowest_s, step.compute_s, step.exposed_s, step.late_s)
+        table.add_row(str(step.step), *map(format_time, values))
+    share = exposed_wall_s / timeline.total_s if timeline.total_s else 0.0
+    lines = [
+        f"predicted on {timeline.facts['topology']} ({timeline.facts['topology_source']})",
+        workload_line(schedule),
+        "",
+    ]
+    tail = [
+        "",
+        f"total {format_time(timeline.total_s)}, of it exposed communication {format_time(exposed_wall_s)} ({share:.1%}): "
+        "what the run takes longer than with hops that cost nothing",
+        _rate_line(schedule, timeline.total_s),
+    ]
+    return Group(Text("\n".join(lines)), table, Text("\n".join(tail)))
+
+
+def measurement(schedule: Schedule, runs: Sequence[Timeline]) -> RenderableType:
+    """What `run` prints."""
+    table = _steps_table(("step", "latency", "[low .. high]", "compute", "exposed comm.", "late peer"))
+    by_step = [run.steps() for run in runs]
+    for index, first in enumerate(by_step[0]):
+        column = [steps[index] for steps in by_step]
+        latency = Measured.of([step.latency_s for step in column])
+        rest = [Measured.of([getattr(step, name) for step in column]).median_s for name in ("compute_s", "exposed_s", "late_s")]
+        table.add_row(str(first.step), format_time(latency.median_s), _spread(latency), *map(format_time, rest))
+    total = Measured.of([run.total_s for run in runs])
+    tail = f"\ntotal {format_time(total.median_s)} {_spread(total)}, median and range of {len(runs)} runs\n"
+    return Group(Text(f"measured\n{workload_line(schedule)}\n"), table, Text(tail + _rate_line(schedule, total.median_s)))
+
+
+def _spread(found: Measured) -> str:
+    return f"[{format_time(found.low_s)} .. {format_time(found.high_s)}]"
+
+
+def comparison(schedule: Schedule, result: Comparison) -> RenderableType:
+    """What `compare` prints."""
+    table = _steps_table(
+        ("step", "predicted", "measured", "[low .. high]", "error", "compute p | m", "exposed p | m", "late p | m")
+    )
+    for step in result.steps:
+        pairs = (
+            (step.predicted.compute_s, step.compute),
+            (step.predicted.exposed_s, step.exposed),
+            (step.predicted.late_s, step.late),
+        )
+        cells = [f"{format_time(guess)} | {format_time(found.median_s)}" for guess, found in pairs]
+        row = (
+            format_time(step.predicted.latency_s),
+            format_time(step.latency.median_s),
+            _spread(step.latency),
+            f"{step.error:+.1%}",
+        )
+        table.add_row(str(step.step), *row, *cells)
+    head = (
+        f"{workload_line(schedule)}\npredicted on {result.predicted.facts['topology']}, measured {len(result.measured)} times\n"
+    )
+    lines = [""]
+    for name in QUANTITIES:
+        guess, found = result.quantity(name)
+        error = f"  error {result.error:+.1%}" if name == "total_s" else ""
+        lines.append(
+            f"{WORDS[name]:<22} predicted {format_time(guess):>10}   measured {format_time(found.median_s):>10} {_spread(found)}{error}"
+        )
+    lines.append("steps and parts are means over ranks; measured values are medians, with the range of the runs")
+    return Group(Text(head), table, Text("\n".join(lines)))

@@ -1,0 +1,48 @@
+"""The step x rank grid: who computes what and who sends what, for people and for error messages."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from .ops import Compute, Op, Send
+from .schedule import Schedule
+
+LEGEND = "aN: attends the block of rank N, ~ under a band; k>N: sends k to rank N; a dot: nothing to do"
+
+
+def cells(schedule: Schedule, ranks: range) -> dict[tuple[int, int], str]:
+    """What each (step, rank) does, in a few characters."""
+    parts: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for rank in ranks:
+        for op in schedule.program(rank):
+            text = _mark(op)
+            if text and text not in parts[op.step, rank]:
+                parts[op.step, rank].append(text)
+    return {key: " ".join(texts) for key, texts in parts.items()}
+
+
+def _mark(op: Op) -> str:
+    if isinstance(op, Compute):
+        if op.kernel != "attend":
+            return ""
+        block = op.reads[1].value.strip("kv[]")
+        return f"a{block}{'~' if any(tile.masked for tile in op.tiles) else ''}"
+    if isinstance(op, Send) and op.phase != "barrier":
+        return f"{op.region.buffer}>{op.peer}"
+    return ""
+
+
+def grid(schedule: Schedule, *, most_ranks: int = 16, fault: tuple[int, int] | None = None) -> str:
+    """The grid as text, the first `most_ranks` ranks; `fault` (step, rank) is marked with an exclamation mark."""
+    ranks = range(min(schedule.world_size, most_ranks))
+    found = cells(schedule, ranks)
+    if fault is not None and fault[1] < most_ranks:
+        found[fault] = "! " + found.get(fault, "")
+    steps = sorted({step for step, _ in found})
+    head = ["step", *(f"rank {rank}" for rank in ranks)]
+    rows = [[str(step), *(found.get((step, rank), "") or "." for rank in ranks)] for step in steps]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    if schedule.world_size > most_ranks:
+        lines.append(f"... and {schedule.world_size - most_ranks} more ranks")
+    return "\n".join(lines)

@@ -1,0 +1,235 @@
+"""Proofs about a schedule: messages pair up, nothing deadlocks, nothing stale is read, every pair is covered once."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import ScheduleError
+from .emitter import hazards
+from .grid import grid
+from .ops import Compute, Op, Post, Recv, Region, Send, Wait
+from .schedule import Schedule
+
+EXHAUSTIVE_WORLD = 64
+EXHAUSTIVE_PAIRS = 2**22
+SAMPLED_QUERIES = 64
+SAMPLED_RANKS = 8
+INPUTS = (("q", 0), ("k", 0), ("v", 0))
+
+
+def validate(schedule: Schedule) -> None:
+    """Prove the invariants for every rank up to 64 ranks, for a sample of ranks and their neighbours beyond.
+
+    Raises ScheduleError that names rank and op and shows the step x rank grid.
+    """
+    ranks = _ranks(schedule)
+    programs = {rank: tuple(schedule.program(rank)) for rank in ranks}
+    for rank, ops in programs.items():
+        _check_order(schedule, rank, ops)
+    if len(programs) == schedule.world_size:
+        _Replay(schedule, programs).run()
+    else:
+        _check_pairs(schedule, programs)
+    _check_coverage(schedule, programs)
+
+
+def _ranks(schedule: Schedule) -> list[int]:
+    if schedule.world_size <= EXHAUSTIVE_WORLD:
+        return list(range(schedule.world_size))
+    chosen = {0, 1, schedule.world_size - 1}
+    for rank in random.Random(0).sample(range(schedule.world_size), SAMPLED_RANKS):
+        chosen |= {rank, (rank + 1) % schedule.world_size}
+    return sorted(chosen)
+
+
+def _fault(schedule: Schedule, rank: int, op: Op | None, message: str) -> ScheduleError:
+    where = f"rank {rank}" + (f", op {op.id} ({type(op).__name__.lower()}, step {op.step})" if op is not None else "")
+    shown = grid(schedule, fault=(op.step, rank) if op is not None else None)
+    return ScheduleError(f"{where}: {message}\n{shown}")
+
+
+def _check_order(schedule: Schedule, rank: int, ops: tuple[Op, ...]) -> None:
+    """Ids count up, and waits stand wherever a region demands one."""
+    outstanding: dict[int, Post] = {}
+    for index, op in enumerate(ops):
+        if op.id != index:
+            raise _fault(schedule, rank, op, f"has id {op.id}; its place is {index}")
+        if isinstance(op, Wait):
+            unknown = [post for post in op.posts if post not in outstanding]
+            if unknown:
+                raise _fault(schedule, rank, op, f"waits for op(s) {unknown}, which are not outstanding posts")
+            for post in op.posts:
+                del outstanding[post]
+            continue
+        missing = hazards(op, tuple(outstanding.values()))
+        if missing:
+            raise _fault(schedule, rank, op, f"touches a region of post(s) {list(missing)} without waiting for them")
+        if isinstance(op, Send | Recv):
+            outstanding[op.id] = op
+    if outstanding:
+        raise _fault(schedule, rank, None, f"ends with posts {sorted(outstanding)} that nothing waits for")
+
+
+@dataclass(slots=True)
+class _Place:
+    """How far one rank has come, and what its slots hold: the latest (region, value, version) of each byte range."""
+
+    ops: tuple[Op, ...]
+    next: int = 0
+    done: set[int] = field(default_factory=set)
+    held: dict[tuple[str, int, int], tuple[str, int]] = field(default_factory=dict)
+
+
+class _Replay:
+    """A greedy replay of all ranks in which every send is a rendezvous: where it comes to its end, every run does."""
+
+    def __init__(self, schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> None:
+        self._schedule = schedule
+        self._places = {rank: _Place(ops) for rank, ops in programs.items()}
+        self._sends: dict[tuple[int, int, int], deque[tuple[int, Send]]] = defaultdict(deque)
+        self._recvs: dict[tuple[int, int, int], deque[tuple[int, Recv]]] = defaultdict(deque)
+
+    def run(self) -> None:
+        moving = True
+        while moving:
+            moving = any([self._advance(rank) for rank in self._places])
+        for rank, place in self._places.items():
+            if place.next < len(place.ops):
+                op = place.ops[place.next]
+                raise _fault(self._schedule, rank, op, f"waits for ever for op(s) {list(getattr(op, 'posts', ()))}: deadlock")
+
+    def _advance(self, rank: int) -> bool:
+        place, start = self._places[rank], self._places[rank].next
+        while place.next < len(place.ops):
+            op = place.ops[place.next]
+            if isinstance(op, Wait):
+                if not place.done.issuperset(op.posts):
+                    break
+            elif isinstance(op, Compute):
+                for region in op.reads:
+                    self._check_read(rank, op, region)
+                for region in op.writes:
+                    place.held[region.buffer, region.slot, region.offset] = (region.value, region.version)
+            else:
+                self._post(rank, op)
+            place.next += 1
+        return place.next > start
+
+    def _check_read(self, rank: int, op: Op, region: Region) -> None:
+        held = self._places[rank].held
+        key = (region.buffer, region.slot, region.offset)
+        expected = (region.value, region.version)
+        if key not in held and ((region.buffer, region.slot) in INPUTS or region.buffer == "token"):
+            held[key] = expected
+        found = held.get(key)
+        if found != expected:
+            what = "nothing" if found is None else f"{found[0]} version {found[1]}"
+            message = f"reads {region.value} version {region.version} from {region.buffer} slot {region.slot}, which holds {what}"
+            raise _fault(self._schedule, rank, op, message)
+
+    def _post(self, rank: int, op: Send | Recv) -> None:
+        if isinstance(op, Send):
+            self._check_read(rank, op, op.region)
+            self._sends[rank, op.peer, op.tag].append((rank, op))
+            key = (rank, op.peer, op.tag)
+        else:
+            self._recvs[op.peer, rank, op.tag].append((rank, op))
+            key = (op.peer, rank, op.tag)
+        if self._sends[key] and self._recvs[key]:
+            source, send = self._sends[key].popleft()
+            target, recv = self._recvs[key].popleft()
+            _check_match(self._schedule, send, target, recv)
+            self._places[source].done.add(send.id)
+            self._places[target].done.add(recv.id)
+            region = recv.region
+            self._places[target].held[region.buffer, region.slot, region.offset] = (region.value, region.version)
+
+
+def _check_match(schedule: Schedule, send: Send, target: int, recv: Recv) -> None:
+    sent, expected = ((r.value, r.version, r.nbytes) for r in (send.region, recv.region))
+    if sent != expected:
+        message = f"expects {expected[0]} version {expected[1]}, {expected[2]} B; the matching send carries {sent[0]} version {sent[1]}, {sent[2]} B"
+        raise _fault(schedule, target, recv, message)
+
+
+def _check_pairs(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> None:
+    """Between sampled neighbours: the same messages, in the same order, on both sides."""
+    for rank, ops in programs.items():
+        for peer in {op.peer for op in ops if isinstance(op, Send)} & set(programs):
+            for tag in {op.tag for op in ops if isinstance(op, Send) and op.peer == peer}:
+                sends = [op for op in ops if isinstance(op, Send) and (op.peer, op.tag) == (peer, tag)]
+                recvs = [op for op in programs[peer] if isinstance(op, Recv) and (op.peer, op.tag) == (rank, tag)]
+                if len(sends) != len(recvs):
+                    raise _fault(
+                        schedule,
+                        rank,
+                        None,
+                        f"sends {len(sends)} messages to rank {peer} with tag {tag}, which expects {len(recvs)}",
+                    )
+                for send, recv in zip(sends, recvs, strict=True):
+                    _check_match(schedule, send, peer, recv)
+
+
+def _check_coverage(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> None:
+    """Every required (sequence, query head, query, key) once: all queries of small workloads, sampled ones of large."""
+    job, work = schedule.job, schedule.workload
+    tiles = [(rank, op, tile) for rank, ops in programs.items() for op in ops if isinstance(op, Compute) for tile in op.tiles]
+    owned = np.concatenate([job.q_partition.positions(rank) for rank in programs]) if programs else np.empty(0, np.int64)
+    if len(owned) * max(work.kv_len, 1) > EXHAUSTIVE_PAIRS:
+        owned = np.random.default_rng(0).choice(owned, min(SAMPLED_QUERIES, len(owned)), replace=False)
+    owned.sort()
+    for batch in _starts(work.batch, [tile.batch for _, _, tile in tiles] + [run for run, _, _ in work.sequences()]):
+        for head in _starts(work.heads, [tile.heads for _, _, tile in tiles]):
+            counts = np.zeros((len(owned), work.kv_len), np.int16)
+            for rank, op, tile in tiles:
+                if tile.batch[0] <= batch < tile.batch[1] and tile.heads[0] <= head < tile.heads[1]:
+                    _check_rows(schedule, rank, op)
+                    _count(counts, owned + work.q_offset, tile, work.kv_offset)
+            _compare(schedule, counts, owned, batch, head)
+
+
+def _starts(size: int, ranges: list[tuple[int, int]]) -> list[int]:
+    """One representative of each run of indices that all ranges treat alike."""
+    return sorted({0, *(edge for pair in ranges for edge in pair)} & set(range(size)))
+
+
+def _check_rows(schedule: Schedule, rank: int, op: Compute) -> None:
+    """A tile's local rows hold the tokens that its positions claim."""
+    job, work = schedule.job, schedule.workload
+    keys_of = int(op.reads[1].value.strip("kv[]"))
+    sides = (("q", job.q_partition.positions(rank), work.q_offset), ("k", job.kv_partition.positions(keys_of), work.kv_offset))
+    for tile in op.tiles:
+        for name, positions, offset in sides:
+            span = getattr(tile, name)
+            if not np.array_equal(positions[span.row : span.row + span.count] + offset, span.positions()):
+                raise _fault(
+                    schedule, rank, op, f"a tile's {name} rows from {span.row} do not hold positions {span.start} .. {span.last}"
+                )
+
+
+def _count(counts: np.ndarray, queries: np.ndarray, tile: object, kv_offset: int) -> None:
+    q, k = tile.q, tile.k  # type: ignore[attr-defined]
+    begin, end = tile.intervals()  # type: ignore[attr-defined]
+    rows = np.searchsorted(queries, q.positions())
+    for index, row in enumerate(rows):
+        if row < len(queries) and queries[row] == q.start + q.step * index:
+            first = k.start - kv_offset
+            counts[row, first + k.step * begin[index] : first + k.step * end[index] : k.step] += 1
+
+
+def _compare(schedule: Schedule, counts: np.ndarray, owned: np.ndarray, batch: int, head: int) -> None:
+    work = schedule.workload
+    valid = next(((q, k) for (first, end), q, k in work.sequences() if first <= batch < end), (0, 0))
+    required = work.mask.visible(owned + work.q_offset, work.kv_offset + np.arange(work.kv_len))
+    required = required & (owned[:, None] < valid[0]) & (np.arange(work.kv_len) < valid[1])[None, :]
+    wrong = np.argwhere(counts != required)
+    if len(wrong):
+        row, key = wrong[0]
+        raise ScheduleError(
+            f"sequence {batch}, head {head}: query {owned[row]} x key {key} is covered {counts[row, key]} times and "
+            f"required {int(required[row, key])} times; {len(wrong)} such pairs\n{grid(schedule)}"
+        )

@@ -74,3 +74,8 @@ def describe() -> dict[str, object]:
         "level2_nbytes": detect_cache().level2_nbytes,
         "cache_source": detect_cache().source,
     }
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -171,7 +171,7 @@ def spawn(
     def run(rank: int) -> None:
         try:
             results[rank] = function(world.endpoint(rank))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed on to every rank
             world.fail(rank, error)
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(world_size)]

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from ringsim.backends.cpu import default_threads
 
 from ringsim.errors import MissingDependency, PeerTimeout, RankMismatch
 from ringsim.transport import Bytes, Handle
-
-from .numpy import default_threads
 
 SPIN_ATTEMPTS = 50
 SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 50e-6, 500e-6

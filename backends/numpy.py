@@ -7,28 +7,26 @@ arXiv 2307.08691, section 3.1). The reference need only keep exp in range: where
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from ringsim.backends.cpu import Cache, blas_threads, detect_cache
 
 from ringsim.errors import ArrayError
 from ringsim.lowering import Blocking, Panel
 from ringsim.schedule.ops import Compute, Region
 from ringsim.tile import Tile
 
-from .cpu import Cache, blas_threads, detect_cache
-
 Array = npt.NDArray[Any]
 Poll = Callable[[], None]
 Fetch = Callable[[Region], Array]
 
-BOUND: Final = {"float32": 40.0, "float64": 300.0}
-"""|score| below which sums of exp(score) over any sequence that fits in memory stay in range of the dtype."""
+BOUNDS: Final = {"float32": (40.0, 1e24), "float64": (300.0, 1e100)}
+"""|score| and the sum of squared values below which no sum of exp(score) x value over 1e9 keys leaves the dtype's range."""
 
 
 def blocking_for(cache: Cache, dtype: str) -> Blocking:
@@ -46,6 +44,7 @@ class _Scratch:
 
     scores: Array
     hidden: npt.NDArray[np.bool_]
+    before: npt.NDArray[np.bool_]
     queries: Array
     product: Array
     row_max: Array
@@ -60,6 +59,7 @@ class _Scratch:
         return cls(
             scores=np.empty(q_rows * k_rows, dtype),
             hidden=np.empty(blocking.edge_rows * k_rows, np.bool_),
+            before=np.empty(blocking.edge_rows * k_rows, np.bool_),
             queries=np.empty(q_rows * width, dtype),
             product=np.empty(q_rows * width, dtype),
             row_max=np.empty(q_rows, dtype),
@@ -70,14 +70,41 @@ class _Scratch:
         )
 
 
-@dataclass(slots=True)
-class _Head:
-    """One key/value head of a tile in the dtype of computation, and what its numbers allow."""
+class _Head(NamedTuple):
+    """Keys and values of one head in the dtype of computation, and what their norms allow."""
 
     keys: Array
     values: Array
     key_norm: float
-    values_finite: bool
+    value_square: float
+
+    def part(self, begin: int, end: int) -> _Head:
+        """Keys [begin, end)."""
+        return _Head(self.keys[begin:end], self.values[begin:end], self.key_norm, self.value_square)
+
+
+class _Rows(NamedTuple):
+    """Scaled queries of some rows of one head, and views of their running state."""
+
+    queries: Array
+    acc: Array
+    max: Array
+    sum: Array
+
+    def part(self, begin: int, end: int) -> _Rows:
+        """Rows [begin, end)."""
+        return _Rows(self.queries[begin:end], self.acc[begin:end], self.max[begin:end], self.sum[begin:end])
+
+
+class _Item(NamedTuple):
+    """One block of query rows of one head, and the panels to fold into it."""
+
+    batch: int
+    head: int
+    kv: _Head
+    begin: int
+    end: int
+    panels: tuple[Panel, ...]
 
 
 class NumpyBackend:
@@ -127,29 +154,29 @@ class NumpyBackend:
     def _attend(self, op: Compute, fetch: Fetch, scale: float, poll: Poll) -> None:
         q, k, v = (fetch(region) for region in op.reads[:3])
         state = tuple(fetch(region) for region in op.writes)
-        blocking = self.blocking(op.writes[0].dtype)
         for tile in op.tiles:
-            items = self._items(tile, blocking, q.shape[2] // k.shape[2], k, v, state[0].dtype)
-            self._share(items, _AttendTile(tile, blocking, q, state, scale, _edges(tile)), poll)
+            kernel = _AttendTile(tile, self.blocking(op.writes[0].dtype), q, state, scale, _edges(tile))
+            self._share(self._items(kernel, k, v), kernel, poll)
 
-    def _items(self, tile: Tile, blocking: Blocking, group: int, k: Array, v: Array, dtype: np.dtype[Any]) -> Iterator[Any]:
+    def _items(self, kernel: _AttendTile, k: Array, v: Array) -> Iterator[_Item]:
         """Work items, key/value head by head so that its conversion and its norms are made once."""
-        blocks = tuple(blocking.blocks(tile))
+        tile, dtype = kernel.tile, kernel.state[0].dtype
+        group = kernel.q.shape[2] // k.shape[2]
+        blocks = tuple(kernel.blocking.blocks(tile))
         rows = slice(tile.k.row, tile.k.row + tile.k.count)
         for batch in range(*tile.batch):
             for kv_head in range(tile.heads[0] // group, -(-tile.heads[1] // group)):
-                head = self.prepare_head(k[batch, rows, kv_head], v[batch, rows, kv_head], dtype, masked=tile.masked)
-                for index in range(max(tile.heads[0], kv_head * group), min(tile.heads[1], (kv_head + 1) * group)):
+                kv = self.prepare_head(k[batch, rows, kv_head], v[batch, rows, kv_head], dtype)
+                for head in range(max(tile.heads[0], kv_head * group), min(tile.heads[1], (kv_head + 1) * group)):
                     for begin, end, panels in blocks:
-                        yield batch, index, head, begin, end, panels
+                        yield _Item(batch, head, kv, begin, end, panels)
 
-    def prepare_head(self, keys: Array, values: Array, dtype: np.dtype[Any], *, masked: bool) -> _Head:
-        """What is done once per key/value head of a tile: convert to `dtype`, bound the norms, look for NaN and inf."""
+    def prepare_head(self, keys: Array, values: Array, dtype: np.dtype[Any]) -> _Head:
+        """What is done once per key/value head of a tile: convert to `dtype`, find the norms that bounds rest on."""
         if keys.dtype != dtype:
             keys, values = self._widen("k", keys, dtype), self._widen("v", values, dtype)
         key_norm = float(np.sqrt(np.einsum("ij,ij->i", keys, keys).max())) if keys.size else 0.0
-        finite = bool(np.isfinite(np.einsum("ij,ij->", values, values))) if masked else True
-        return _Head(keys, values, key_norm, finite)
+        return _Head(keys, values, key_norm, float(np.einsum("ij,ij->", values, values)))
 
     def _widen(self, name: str, source: Array, dtype: np.dtype[Any]) -> Array:
         """A half-precision head in the dtype of computation; with threads each head is its own, for others still read it."""
@@ -162,27 +189,27 @@ class NumpyBackend:
             target = kept[: source.size].reshape(source.shape)
         return widen(source, target)
 
-    def _share(self, items: Iterator[Any], kernel: _AttendTile, poll: Poll) -> None:
+    def _share(self, items: Iterator[_Item], kernel: _AttendTile, poll: Poll) -> None:
         """Run the items here, or on all threads with this one polling between its own."""
-        width = max(kernel.q.shape[3], kernel.state[0].shape[3])
         if self.threads == 1:
-            scratch = self._scratch_of(kernel, width, 0)
+            scratch = self._scratch_of(kernel, 0)
             for item in items:
-                kernel(scratch, poll, *item)
+                kernel(scratch, poll, item)
             return
-        lock, failures = threading.Lock(), []
+        lock = threading.Lock()
+        failures: list[BaseException] = []
 
         def work(index: int, poll: Poll) -> None:
-            scratch = self._scratch_of(kernel, width, index)
             try:
+                scratch = self._scratch_of(kernel, index)
                 with np.errstate(all="ignore"):
                     while not failures:
                         with lock:
                             item = next(items, None)
                         if item is None:
                             return
-                        kernel(scratch, poll, *item)
-            except BaseException as error:
+                        kernel(scratch, poll, item)
+            except BaseException as error:  # noqa: BLE001 - raised again below, in the rank's own thread
                 failures.append(error)
 
         workers = [threading.Thread(target=work, args=(index, _no_poll)) for index in range(1, self.threads)]
@@ -194,8 +221,8 @@ class NumpyBackend:
         if failures:
             raise failures[0]
 
-    def _scratch_of(self, kernel: _AttendTile, width: int, index: int) -> _Scratch:
-        dtype = kernel.state[0].dtype
+    def _scratch_of(self, kernel: _AttendTile, index: int) -> _Scratch:
+        dtype, width = kernel.state[0].dtype, max(kernel.q.shape[3], kernel.state[0].shape[3])
         key = (dtype.name, width, index)
         if key not in self._scratch:
             self._scratch[key] = _Scratch.make(kernel.blocking, width, dtype)
@@ -226,37 +253,49 @@ class _AttendTile:
     scale: float
     edges: tuple[Array, ...]
 
-    def __call__(
-        self, scratch: _Scratch, poll: Poll, batch: int, head: int, kv: _Head, begin: int, end: int, panels: tuple[Panel, ...]
-    ) -> None:
+    def __call__(self, scratch: _Scratch, poll: Poll, item: _Item) -> None:
+        """Fold the keys of one head into one block of query rows."""
         first = self.tile.q.row
-        acc, row_max, row_sum = (array[batch, head, first + begin : first + end] for array in self.state)
-        width = self.q.shape[3]
-        queries = scratch.queries[: (end - begin) * width].reshape(end - begin, width)
-        if self.q.dtype == queries.dtype:
-            np.multiply(self.q[batch, first + begin : first + end, head], queries.dtype.type(self.scale), out=queries)
-        else:
-            widen(self.q[batch, first + begin : first + end, head], queries)
-            queries *= queries.dtype.type(self.scale)
-        bounded = self._bounded(scratch, queries, row_max, kv.key_norm)
-        for panel in panels:
-            rows = slice(panel.q_begin - begin, panel.q_end - begin)
-            view = (queries[rows], acc[rows], row_max[rows], row_sum[rows])
+        rows = slice(first + item.begin, first + item.end)
+        queries = self._scaled(scratch, self.q[item.batch, rows, item.head])
+        state = _Rows(queries, *(array[item.batch, item.head, rows] for array in self.state))
+        fold = _fold_bounded if self._bounded(scratch, state, item.kv) else _fold_online
+        for panel in item.panels:
+            part = state.part(panel.q_begin - item.begin, panel.q_end - item.begin)
             for k_begin in range(panel.k_begin, panel.k_end, self.blocking.k_rows):
                 k_end = min(k_begin + self.blocking.k_rows, panel.k_end)
-                hidden = None
-                if panel.masked:
-                    hidden = _hidden(scratch, *(edge[panel.q_begin : panel.q_end] for edge in self.edges), k_begin, k_end)
-                (_fold_bounded if bounded else _fold_online)(scratch, kv, k_begin, k_end, hidden, *view)
+                fold(scratch, part, item.kv.part(k_begin, k_end), self._hidden(scratch, panel, k_begin, k_end))
                 poll()
-        if bounded:
-            np.copyto(row_max, 0, where=row_sum > 0)
+        if fold is _fold_bounded:
+            np.copyto(state.max, 0, where=state.sum > 0)
 
-    def _bounded(self, scratch: _Scratch, queries: Array, row_max: Array, key_norm: float) -> bool:
-        """Whether every score is provably within the bound and the rows' reference is 0 or not yet set."""
-        norms = np.einsum("ij,ij->i", queries, queries, out=scratch.row_sum[: len(queries)])
-        largest = float(np.sqrt(norms.max())) * key_norm
-        return largest < BOUND[queries.dtype.name] and bool(np.all((row_max == 0) | (row_max == -np.inf)))
+    def _scaled(self, scratch: _Scratch, source: Array) -> Array:
+        """The queries times softmax_scale, dense and in the dtype of computation."""
+        queries = scratch.queries[: source.size].reshape(source.shape)
+        scale = queries.dtype.type(self.scale)
+        np.multiply(source if source.dtype == queries.dtype else widen(source, queries), scale, out=queries)
+        return queries
+
+    def _bounded(self, scratch: _Scratch, rows: _Rows, kv: _Head) -> bool:
+        """Whether every score is provably within the bound, values are moderate, and the rows' reference is 0 or not yet set."""
+        bound, most_square = BOUNDS[rows.queries.dtype.name]
+        norms = np.einsum("ij,ij->i", rows.queries, rows.queries, out=scratch.row_sum[: len(rows.queries)])
+        largest = float(np.sqrt(norms.max())) * kv.key_norm
+        return largest < bound and kv.value_square < most_square and bool(np.all((rows.max == 0) | (rows.max == -np.inf)))
+
+    def _hidden(self, scratch: _Scratch, panel: Panel, k_begin: int, k_end: int) -> npt.NDArray[np.bool_] | None:
+        """True where a query of the strip does not see a key; None where all is seen."""
+        if not panel.masked:
+            return None
+        low, high = (edge[panel.q_begin : panel.q_end] for edge in self.edges)
+        shape = (len(low), k_end - k_begin)
+        hidden, before = (buffer[: shape[0] * shape[1]].reshape(shape) for buffer in (scratch.hidden, scratch.before))
+        columns = scratch.columns[None, : shape[1]]
+        np.greater_equal(columns, high - k_begin, out=hidden)
+        if low[-1, 0] > k_begin:
+            np.less(columns, low - k_begin, out=before)
+            np.logical_or(hidden, before, out=hidden)
+        return hidden
 
 
 def _edges(tile: Tile) -> tuple[Array, ...]:
@@ -264,85 +303,44 @@ def _edges(tile: Tile) -> tuple[Array, ...]:
     return tuple(edge.astype(np.int32)[:, None] for edge in tile.intervals()) if tile.masked else ()
 
 
-def _hidden(scratch: _Scratch, low: Array, high: Array, k_begin: int, k_end: int) -> npt.NDArray[np.bool_]:
-    """True where a query of the strip does not see a key."""
-    shape = (len(low), k_end - k_begin)
-    hidden = scratch.hidden[: shape[0] * shape[1]].reshape(shape)
-    columns = scratch.columns[: shape[1]]
-    np.greater_equal(columns[None, :], high - k_begin, out=hidden)
-    if low[-1, 0] > k_begin:
-        hidden |= columns[None, :] < low - k_begin
-    return hidden
-
-
-def _fold_bounded(
-    scratch: _Scratch,
-    kv: _Head,
-    k_begin: int,
-    k_end: int,
-    hidden: npt.NDArray[np.bool_] | None,
-    queries: Array,
-    acc: Array,
-    row_max: Array,
-    row_sum: Array,
-) -> None:
-    rows, columns = len(queries), k_end - k_begin
-    scores = scratch.scores[: rows * columns].reshape(rows, columns)
-    np.matmul(queries, kv.keys[k_begin:k_end].T, out=scores)
+def _fold_bounded(scratch: _Scratch, rows: _Rows, kv: _Head, hidden: npt.NDArray[np.bool_] | None) -> None:
+    scores = _scores(scratch, rows, kv)
     np.exp(scores, out=scores)
     if hidden is not None:
         np.copyto(scores, 0, where=hidden)
-    sums = np.matmul(scores, scratch.ones[:columns], out=scratch.row_sum[:rows])
-    row_sum += sums
-    _add_product(scratch, scores, kv, k_begin, k_end, hidden, acc)
+    rows.sum[:] += np.matmul(scores, scratch.ones[: len(kv.keys)], out=scratch.row_sum[: len(scores)])
+    _add_product(scratch, scores, rows, kv, hidden)
 
 
-def _fold_online(
-    scratch: _Scratch,
-    kv: _Head,
-    k_begin: int,
-    k_end: int,
-    hidden: npt.NDArray[np.bool_] | None,
-    queries: Array,
-    acc: Array,
-    row_max: Array,
-    row_sum: Array,
-) -> None:
-    rows, columns = len(queries), k_end - k_begin
-    scores = scratch.scores[: rows * columns].reshape(rows, columns)
-    np.matmul(queries, kv.keys[k_begin:k_end].T, out=scores)
+def _fold_online(scratch: _Scratch, rows: _Rows, kv: _Head, hidden: npt.NDArray[np.bool_] | None) -> None:
+    scores = _scores(scratch, rows, kv)
     if hidden is not None:
         np.copyto(scores, -np.inf, where=hidden)
-    reference, factor = scratch.row_max[:rows], scratch.factor[:rows]
+    reference, factor = scratch.row_max[: len(scores)], scratch.factor[: len(scores)]
     np.max(scores, axis=1, out=reference)
-    np.maximum(reference, row_max, out=reference)
+    np.maximum(reference, rows.max, out=reference)
     np.copyto(reference, 0, where=reference == -np.inf)
-    np.subtract(row_max, reference, out=factor)
+    np.subtract(rows.max, reference, out=factor)
     np.exp(factor, out=factor)
     np.subtract(scores, reference[:, None], out=scores)
     np.exp(scores, out=scores)
-    sums = np.matmul(scores, scratch.ones[:columns], out=scratch.row_sum[:rows])
-    row_sum *= factor
-    row_sum += sums
-    acc *= factor[:, None]
-    np.copyto(row_max, reference, where=row_sum != 0)
-    _add_product(scratch, scores, kv, k_begin, k_end, hidden, acc)
+    rows.sum[:] *= factor
+    rows.sum[:] += np.matmul(scores, scratch.ones[: len(kv.keys)], out=scratch.row_sum[: len(scores)])
+    rows.acc[:] *= factor[:, None]
+    np.copyto(rows.max, reference, where=rows.sum != 0)
+    _add_product(scratch, scores, rows, kv, hidden)
 
 
-def _add_product(
-    scratch: _Scratch, scores: Array, kv: _Head, k_begin: int, k_end: int, hidden: npt.NDArray[np.bool_] | None, acc: Array
-) -> None:
-    values = kv.values[k_begin:k_end]
-    if hidden is not None and not kv.values_finite:
+def _scores(scratch: _Scratch, rows: _Rows, kv: _Head) -> Array:
+    shape = (len(rows.queries), len(kv.keys))
+    return np.matmul(rows.queries, kv.keys.T, out=scratch.scores[: shape[0] * shape[1]].reshape(shape))
+
+
+def _add_product(scratch: _Scratch, scores: Array, rows: _Rows, kv: _Head, hidden: npt.NDArray[np.bool_] | None) -> None:
+    if hidden is not None and not np.isfinite(kv.value_square):
         # 0 x NaN is NaN: a row must not touch the values that it does not see
         for row, unseen in enumerate(hidden):
-            acc[row] += scores[row, ~unseen] @ values[~unseen]
+            rows.acc[row] += scores[row, ~unseen] @ kv.values[~unseen]
         return
-    product = scratch.product[: acc.size].reshape(acc.shape)
-    np.matmul(scores, values, out=product)
-    acc += product
-
-
-def default_threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    product = scratch.product[: rows.acc.size].reshape(rows.acc.shape)
+    rows.acc[:] += np.matmul(scores, kv.values, out=product)

@@ -8,11 +8,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from . import agreement
 from .arrays import as_any_array, as_array, writable
 from .dtypes import numpy_dtype
-from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
-from .execution import Rank
-from .mask import mask_named
+from .errors import ArrayError, RankMismatch, WorkloadError
+from .execution import Rank, clock
 from .partition import Partition
 from .schedule import Schedule
 from .timeline import Timeline, gather
@@ -44,9 +44,12 @@ class RingAttention:
         check: bool = True,
     ) -> None:
         self._transport = transport_of(comm, timeout_s)
-        self.schedule = _agree(self._transport, lambda: _schedule(workload, self._transport, partition, strategy, sync))
+        self.schedule = agreement.same_schedule(
+            self._transport, lambda: _schedule(workload, self._transport, partition, strategy, sync)
+        )
         self._rank = Rank(self.schedule, self._transport, _backend(self._transport, threads), timeout_s=timeout_s)
         self._check = check
+        self._clock = clock.offsets(self._transport)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -70,7 +73,7 @@ class RingAttention:
         """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials."""
         complaint, arrays = self._prepare(q, k, v, out)
         if self._check:
-            _raise_common(self._transport, complaint)
+            agreement.raise_common(self._transport, complaint)
         elif complaint is not None:
             raise ArrayError(f"rank {self._transport.rank}: {complaint}")
         result = arrays[3]
@@ -91,7 +94,9 @@ class RingAttention:
         """The last call's timeline over all ranks, on every rank; collective. Raises WorkloadError before the first call."""
         if self._rank.timeline is None:
             raise WorkloadError("there is no timeline before the first call of the plan")
-        return gather(self._transport.allgather(self._rank.timeline))
+        offsets = clock.offsets(self._transport)
+        parts = self._transport.allgather(clock.shift(self._rank.timeline, offsets.mine(self._clock)))
+        return gather(parts)
 
     def close(self) -> None:
         """Free the duplicated communicator; collective."""
@@ -133,8 +138,10 @@ def ring_attention(
     """
     transport = transport_of(comm, timeout_s)
     try:
-        options = (causal, partition, softmax_scale, strategy, sync, return_lse)
-        workload = _derive(transport, q, k, v, options, causal, partition, softmax_scale)
+        options = agreement.Options(
+            causal=causal, partition=partition, softmax_scale=softmax_scale, strategy=strategy, sync=sync, return_lse=return_lse
+        )
+        workload = agreement.common_workload(transport, (q, k, v), options)
         plan = RingAttention(
             workload, comm=transport, partition=partition, strategy=strategy, sync=sync, threads=threads, timeout_s=timeout_s
         )
@@ -161,7 +168,8 @@ def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int 
     if not parts:
         index[axis] = slice(0, 0)
         return array[tuple(index)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
+    rows: Array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
+    return rows
 
 
 def unshard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int = 1) -> Array:
@@ -213,7 +221,8 @@ def _place(comm: Any) -> tuple[int, int]:
 
 
 def _backend(transport: Transport, threads: int | None) -> Any:
-    from ringsim.backends.numpy import NumpyBackend, default_threads
+    from ringsim.backends.cpu import default_threads
+    from ringsim.backends.numpy import NumpyBackend
 
     if threads is None:
         hosts = getattr(transport, "hosts", [""] * transport.world_size)
@@ -223,74 +232,3 @@ def _backend(transport: Transport, threads: int | None) -> Any:
 
 def _schedule(workload: Workload, transport: Transport, partition: str, strategy: str, sync: str) -> Schedule:
     return Schedule(workload=workload, world_size=transport.world_size, partition=partition, strategy=strategy, sync=sync)
-
-
-def _agree(transport: Transport, build: Any) -> Schedule:
-    """Build the schedule and make sure that all ranks built the same one."""
-    try:
-        schedule, mine = build(), ""
-    except RingsimError as error:
-        schedule, mine = None, f"{type(error).__name__}: {error}"
-    said = transport.allgather((mine, schedule.inputs() if schedule is not None else None))
-    if schedule is None:
-        raise WorkloadError(mine.partition(": ")[2])
-    _raise_if_any([message or None for message, _ in said])
-    for rank, (_, inputs) in enumerate(said):
-        for key, value in said[0][1].items():
-            if inputs[key] != value:
-                raise RankMismatch(f"rank {rank} has {key} = {inputs[key]}, rank 0 has {value}: all ranks must call alike")
-    return schedule  # type: ignore[no-any-return]
-
-
-def _raise_common(transport: Transport, complaint: str | None) -> None:
-    _raise_if_any(transport.allgather(complaint))
-
-
-def _raise_if_any(complaints: list[str | None]) -> None:
-    faults = [f"rank {rank}: {message}" for rank, message in enumerate(complaints) if message]
-    if faults:
-        raise RankMismatch("; ".join(faults))
-
-
-def _derive(
-    transport: Transport, q: Any, k: Any, v: Any, options: tuple[Any, ...], causal: bool, partition: str, scale: float | None
-) -> Workload:
-    """The global workload from every rank's shards. Raises RankMismatch on every rank if they do not fit together."""
-    try:
-        arrays = [as_array(name, value) for name, value in (("q", q), ("k", k), ("v", v))]
-        mine: Any = ([array.shape for array in arrays], [array.dtype.name for array in arrays], options)
-        fault = None
-    except ArrayError as error:
-        mine, fault = None, str(error)
-    said = transport.allgather((mine, fault))
-    _raise_if_any([message for _, message in said])
-    fixed = [[(s[0], *s[2:]) for s in shapes] + [dtypes, options] for (shapes, dtypes, options), _ in said]
-    _raise_if_any(
-        [
-            None if entry == fixed[0] else f"(batch, heads, head_dim), dtypes or options {entry} differ from rank 0's {fixed[0]}"
-            for entry in fixed
-        ]
-    )
-    shapes, dtypes = said[0][0][0], said[0][0][1]
-    if len(set(dtypes)) > 1 or shapes[1][2] != shapes[2][2] or shapes[0][3] != shapes[1][3] or len({s[0] for s in shapes}) > 1:
-        raise RankMismatch(f"q, k and v do not fit together: {', '.join(f'{d}{s}' for d, s in zip(dtypes, shapes, strict=True))}")
-    rows = [[gathered[0][index][1] for gathered, _ in said] for index in range(3)]
-    for name, held in (("q", rows[0]), ("k", rows[1]), ("v", rows[2])):
-        split = Partition(kind=partition, length=sum(held), world_size=len(held))
-        expected = [split.count(rank) for rank in range(len(held))]
-        if held != expected:
-            raise RankMismatch(
-                f"ranks hold {held} rows of {name}; a {partition} partition of {sum(held)} tokens gives {expected}"
-            )
-    return Workload(
-        q_len=sum(rows[0]),
-        kv_len=sum(rows[1]),
-        batch=shapes[0][0],
-        heads=shapes[0][2],
-        kv_heads=shapes[1][2],
-        head_dim=shapes[0][3],
-        v_head_dim=shapes[2][3],
-        dtype=dtypes[0],
-        mask=mask_named("causal" if causal else "full"),
-        softmax_scale=-1.0 if scale is None else scale,
-    )

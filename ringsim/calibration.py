@@ -162,8 +162,7 @@ def _slope(
     )
     added = HEADS * (STRIP - 1)
     partial = accumulator(kernel.dtype)
-    both = masked or partial != kernel.dtype
-    passed_s = added * (2 if both else 1) * columns * kernel.head_dim * ITEMSIZE[partial] / pass_rate
+    passed_s = added * 2 * columns * kernel.head_dim * ITEMSIZE[partial] / pass_rate
     return max(long - short - passed_s, 1e-9) / (added * rows * columns)
 
 
@@ -175,9 +174,9 @@ def _pass_rate(kernel: Kernel, backend: Any) -> float:
 
     def every_head() -> None:
         for head in range(LAYOUT_HEADS):
-            backend.prepare_head(keys[:, head], values[:, head], dtype, masked=True)
+            backend.prepare_head(keys[:, head], values[:, head], dtype)
 
-    return 2 * rows * LAYOUT_HEADS * kernel.head_dim * dtype.itemsize / cpu_time_s(every_head)
+    return float(2 * rows * LAYOUT_HEADS * kernel.head_dim * dtype.itemsize) / cpu_time_s(every_head)
 
 
 def measure_memory(kernel: Kernel, backend: Any, rows: int = 1024) -> float:
@@ -194,7 +193,7 @@ def measure_memory(kernel: Kernel, backend: Any, rows: int = 1024) -> float:
         arrays["out"] = np.empty_like(outputs["out"])
         backend.compute(op, lambda region: arrays[region.buffer], scale=1.0, poll=_nothing)
 
-    return op.nbytes / cpu_time_s(finish)
+    return float(op.nbytes) / cpu_time_s(finish)
 
 
 def measure_hops(transport: Transport) -> list[tuple[int, float]]:
@@ -230,8 +229,8 @@ def measure_look(transport: Transport, delay_s: float = 3e-3) -> float:
     """Seconds from a small message's post to its arrival at a rank that has waited for it a while: median over ranks."""
     world_size, rank = transport.world_size, transport.rank
     source, target = np.ones(8, np.uint8), np.zeros(8, np.uint8)
-    lags = []
-    for turn in range(2 * min(world_size, 8)):
+    lags: list[float] = [0.0] if world_size == 1 else []
+    for turn in range(2 * min(world_size, 8) if world_size > 1 else 0):
         transport.barrier()
         sender = turn % world_size
         posted = done = 0.0
@@ -245,7 +244,7 @@ def measure_look(transport: Transport, delay_s: float = 3e-3) -> float:
             _drain(transport, (handle,))
             done = handle.done_s or 0.0
         said = transport.allgather((posted, done))
-        lags.append(said[(sender + 1) % world_size][1] - said[sender][0])
+        lags.append(float(said[(sender + 1) % world_size][1] - said[sender][0]))
     return max(median(lags), 0.0)
 
 
@@ -297,7 +296,7 @@ def calibrate(
     return {
         "ringsim": 1,
         "name": f"{hosts[0]}-{transport.world_size}-ranks",
-        "source": f"measured by ringsim calibrate on {hosts[0]}, {time.strftime('%Y-%m-%d')}, {transport.world_size} ranks at work",
+        "source": f"ringsim calibrate on {hosts[0]}, {time.strftime('%Y-%m-%d')}, {transport.world_size} ranks, measured",
         "ranks": transport.world_size,
         "devices": {"kind": "cpu", "cores": cores, "memory_bandwidth": _rate(memory, "GB/s", 1e9), "attention": tables},
         "path": {

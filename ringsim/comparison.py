@@ -78,7 +78,7 @@ class Comparison:
 
 
 def relative_error(predicted: float, measured: float) -> float:
-    """predicted / measured - 1; 0 where both are 0."""
+    """Prediction over measurement, less one; 0 where both are 0."""
     if measured == 0:
         return 0.0 if predicted == 0 else float("inf")
     return predicted / measured - 1

@@ -80,7 +80,8 @@ def _copies(tile: Tile) -> int:
 
 def pass_nbytes(workload: Workload, tile: Tile) -> int:
     """Bytes that a tile brings in and writes back once: q and the partial output for each query head, k and v for each of
-    theirs, counted in the dtype of computation."""
+    theirs, counted in the dtype of computation.
+    """
     group = workload.heads // workload.kv_heads
     sequences, heads = tile.batch[1] - tile.batch[0], tile.heads[1] - tile.heads[0]
     elements = tile.q.count * heads * (workload.head_dim + 2 * workload.v_head_dim)

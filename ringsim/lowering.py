@@ -22,7 +22,8 @@ class Panel(NamedTuple):
     masked: bool
 
 
-class MicroTiles(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class MicroTiles:
     """`count` alike pieces that a kernel computes whole, hidden pairs included."""
 
     count: int
@@ -70,17 +71,18 @@ class Blocking:
         first, last = int(low[begin]), int(high[end - 1])
         left, right = int(low[end - 1]), int(high[begin])
         if left >= right:
-            yield from self._strips(low, high, begin, end, first, last)
+            yield from self._strips(low, high, range(begin, end), range(first, last))
             return
         yield Panel(begin, end, left, right, False)
-        yield from self._strips(low, high, begin, end, first, left)
-        yield from self._strips(low, high, begin, end, right, last)
+        yield from self._strips(low, high, range(begin, end), range(first, left))
+        yield from self._strips(low, high, range(begin, end), range(right, last))
 
-    def _strips(self, low: IntArray, high: IntArray, begin: int, end: int, first: int, last: int) -> Iterator[Panel]:
-        for top in range(begin, end, self.edge_rows) if last > first else ():
-            bottom = min(top + self.edge_rows, end)
-            seen_from, seen_to = max(first, int(low[top])), min(last, int(high[bottom - 1]))
-            full_from, full_to = max(first, int(low[bottom - 1])), min(last, int(high[top]))
+    def _strips(self, low: IntArray, high: IntArray, rows: range, keys: range) -> Iterator[Panel]:
+        """What rows see of keys in strips of `edge_rows`: the keys that the whole strip sees, and those at its edges."""
+        for top in range(rows.start, rows.stop, self.edge_rows) if keys else ():
+            bottom = min(top + self.edge_rows, rows.stop)
+            seen_from, seen_to = max(keys.start, int(low[top])), min(keys.stop, int(high[bottom - 1]))
+            full_from, full_to = max(keys.start, int(low[bottom - 1])), min(keys.stop, int(high[top]))
             if full_from >= full_to:
                 full_from = full_to = seen_to
             for k_begin, k_end, masked in ((seen_from, full_from, True), (full_from, full_to, False), (full_to, seen_to, True)):

@@ -38,8 +38,9 @@ def dense_rows(
             seen = workload.mask.visible(workload.q_offset + rows[some], workload.kv_offset + np.arange(keys))
             for batch in range(first, end):
                 for head in range(workload.heads):
-                    operands = (q[batch, some, head], k[batch, :keys, head // group], v[batch, :keys, head // group])
-                    result = _one_head(*(np.asarray(x, dtype) for x in operands), seen, workload.softmax_scale)
+                    rows_q = np.asarray(q[batch, some, head], dtype)
+                    rows_k, rows_v = (np.asarray(x[batch, :keys, head // group], dtype) for x in (k, v))
+                    result = _one_head(rows_q, rows_k, rows_v, seen, workload.softmax_scale)
                     out[batch, some, head], lse[batch, head, some] = result
     return out, lse
 

@@ -122,8 +122,7 @@ def comparison(schedule: Schedule, result: Comparison) -> RenderableType:
     for name in QUANTITIES:
         guess, found = result.quantity(name)
         error = f"  error {result.error:+.1%}" if name == "total_s" else ""
-        lines.append(
-            f"{WORDS[name]:<22} predicted {format_time(guess):>10}   measured {format_time(found.median_s):>10} {_spread(found)}{error}"
-        )
+        measured = f"measured {format_time(found.median_s):>10} {_spread(found)}"
+        lines.append(f"{WORDS[name]:<22} predicted {format_time(guess):>10}   {measured}{error}")
     lines.append("steps and parts are means over ranks; measured values are medians, with the range of the runs")
     return Group(Text(head), table, Text("\n".join(lines)))

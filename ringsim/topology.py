@@ -12,13 +12,13 @@ from . import units, yaml_source
 from .errors import TopologyError
 
 
-def _quantity(dimension: str) -> Any:
-    return Annotated[float, pydantic.BeforeValidator(lambda value: units.parse(value, dimension))]
+def _in_units_of(dimension: str) -> pydantic.BeforeValidator:
+    return pydantic.BeforeValidator(lambda value: units.parse(value, dimension))
 
 
-Time = _quantity("time")
-Bandwidth = Annotated[_quantity("bandwidth"), pydantic.Field(gt=0)]
-Rate = Annotated[_quantity("rate"), pydantic.Field(gt=0)]
+Time = Annotated[float, _in_units_of("time")]
+Bandwidth = Annotated[float, _in_units_of("bandwidth"), pydantic.Field(gt=0)]
+Rate = Annotated[float, _in_units_of("rate"), pydantic.Field(gt=0)]
 Count = Annotated[int, pydantic.Field(ge=1, strict=True)]
 Text = Annotated[str, pydantic.Field(min_length=1)]
 Points = Annotated[
@@ -44,8 +44,9 @@ class Attention(_Strict):
     """What attention costs for one dtype and head_dim: overhead + blocks x block_overhead + bytes / pass_bandwidth +
     FLOPs / (rate x efficiency).
 
-    `overhead` comes once per op, `block_overhead` once per block of query rows of each tile and head. `full` and `masked` list [pairs per micro-tile, efficiency], linear in log2(pairs) between points. `pass_bandwidth`
-    prices what is done once per row of a block: scaling, norms, casts.
+    `overhead` comes once per op, `block_overhead` once per block of query rows of each tile and head. `pass_bandwidth`
+    prices what is brought in and written back once per tile. `full` and `masked` list [pairs per micro-tile, efficiency],
+    linear in log2(pairs) between points.
     """
 
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
@@ -82,7 +83,7 @@ class Devices(_Strict):
         return self
 
 
-class Path_(_Strict):
+class Hop(_Strict):
     """A hop between two ranks: latency + bytes / bandwidth, per direction.
 
     progress says who moves it once both sides have posted. offload: hardware, at once. handshake: hardware, once the
@@ -104,7 +105,7 @@ class Topology(_Strict):
     source: Text
     ranks: Count | None = None
     devices: Devices
-    path: Path_
+    path: Hop
     notes: dict[str, Any] = {}
 
 

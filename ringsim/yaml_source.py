@@ -13,7 +13,7 @@ import yaml
 
 from .errors import RingsimError
 
-Path_ = tuple[str | int, ...]
+Place = tuple[str | int, ...]
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 MAX_DEPTH = 32
 _INT = re.compile(r"[+-]?\d+")
@@ -27,9 +27,9 @@ class Document:
     file: str
     error: type[RingsimError]
     value: Any = None
-    lines: dict[Path_, int] = field(default_factory=dict)
+    lines: dict[Place, int] = field(default_factory=dict)
 
-    def fail(self, path: Path_, message: str) -> RingsimError:
+    def fail(self, path: Place, message: str) -> RingsimError:
         """The error for what stands at `path`, with file and line."""
         known = next((self.lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.lines), 1)
         where = ".".join(str(part) for part in path)
@@ -51,7 +51,8 @@ def parse(text: str, file: str, error: type[RingsimError]) -> Document:
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise error(f"{file}:{event.start_mark.line + 1}: anchors and aliases are not allowed")
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise error(f"{file}:{line}: anchors and aliases are not allowed")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
@@ -64,7 +65,7 @@ def parse(text: str, file: str, error: type[RingsimError]) -> Document:
     return document
 
 
-def _build(document: Document, node: yaml.Node, path: Path_) -> Any:
+def _build(document: Document, node: yaml.Node, path: Place) -> Any:
     document.lines[path] = node.start_mark.line + 1
     if len(path) > MAX_DEPTH:
         raise document.fail(path, f"nested too deeply; at most {MAX_DEPTH} levels")
@@ -75,7 +76,7 @@ def _build(document: Document, node: yaml.Node, path: Path_) -> Any:
     return _scalar(document, node, path)
 
 
-def _mapping(document: Document, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+def _mapping(document: Document, node: yaml.MappingNode, path: Place) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -88,8 +89,8 @@ def _mapping(document: Document, node: yaml.MappingNode, path: Path_) -> dict[st
     return result
 
 
-def _scalar(document: Document, node: yaml.Node, path: Path_) -> Any:
-    if node.style is not None:
+def _scalar(document: Document, node: yaml.Node, path: Place) -> Any:
+    if getattr(node, "style", None) is not None:
         return node.value
     for pattern, kind in ((_INT, int), (_FLOAT, float)):
         if pattern.fullmatch(node.value):
@@ -109,7 +110,7 @@ def load(document: Document, model: type[Model]) -> Model:
 
 def _explain(document: Document, model: type[pydantic.BaseModel], problem: pydantic.ValidationError) -> RingsimError:
     first = min(problem.errors(), key=lambda fault: (fault["type"] != "extra_forbidden", fault["loc"] == ()))
-    path: Path_ = first["loc"]
+    path: Place = first["loc"]
     if first["type"] == "extra_forbidden":
         return document.fail(path, _unknown_key(model, path))
     if first["type"] == "missing":
@@ -119,7 +120,7 @@ def _explain(document: Document, model: type[pydantic.BaseModel], problem: pydan
     return document.fail(path, message if repr(shown) in message or isinstance(shown, dict) else f"{message} (found {shown!r})")
 
 
-def _unknown_key(model: type[pydantic.BaseModel], path: Path_) -> str:
+def _unknown_key(model: type[pydantic.BaseModel], path: Place) -> str:
     allowed = _fields(model, path[:-1])
     key = str(path[-1])
     near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
@@ -127,7 +128,7 @@ def _unknown_key(model: type[pydantic.BaseModel], path: Path_) -> str:
     return f"unknown key {key!r}; {hint}allowed: {', '.join(allowed)}"
 
 
-def _fields(model: type[pydantic.BaseModel], path: Path_) -> list[str]:
+def _fields(model: type[pydantic.BaseModel], path: Place) -> list[str]:
     """The keys allowed at `path`, following models through lists."""
     here: Any = model
     for part in path:

@@ -18,7 +18,7 @@ EPILOG = "Sizes read 8K = 8192 and 1M = 1048576 tokens. Exit codes: 0 done, 1 a 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="ringsim")
 def cli() -> None:
-    """Ring attention over MPI: predicted, executed and compared, from one schedule.
+    r"""Ring attention over MPI: predicted, executed and compared, from one schedule.
 
     \b
     ringsim simulate TOPOLOGY --ranks 8 --seq 1M --causal     what will it cost?

@@ -12,7 +12,8 @@ import numpy as np
 
 from .. import __version__, checking, files, inputs, report, topology
 from ..attention import RingAttention
-from ..calibration import Kernel, calibrate as calibrate_machine, to_yaml
+from ..calibration import Kernel, to_yaml
+from ..calibration import calibrate as calibrate_machine
 from ..comparison import compare as compare_timelines
 from ..dtypes import ALIASES, ATTENTION, canonical
 from ..lowering import Blocking
@@ -68,7 +69,7 @@ def measure(
 def facts(transport: Transport, threads: int) -> dict[str, Any]:
     """What a measurement depends on: host, libraries, threads."""
     from ringsim.backends import cpu
-    from ringsim.backends.numpy import default_threads
+    from ringsim.backends.cpu import default_threads
 
     return {
         "ringsim": __version__,
@@ -96,6 +97,7 @@ def with_facts(run: Timeline, described: dict[str, Any]) -> Timeline:
 @click.pass_context
 def run(
     ctx: click.Context,
+    /,
     check: bool,
     threads: int,
     repeats: int,
@@ -143,7 +145,8 @@ def run(
 )
 def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...], timeout: float) -> None:
     """Measure this machine's kernels and hops with all ranks at work, and write them as a topology."""
-    from ringsim.backends.numpy import NumpyBackend, default_threads
+    from ringsim.backends.cpu import default_threads
+    from ringsim.backends.numpy import NumpyBackend
 
     if leader():
         check_outputs(output)
@@ -178,6 +181,7 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
 @click.pass_context
 def compare(
     ctx: click.Context,
+    /,
     topology_name: str,
     check: bool,
     repeats: int,

@@ -22,7 +22,7 @@ from ..workload import Workload
 Command = Callable[..., Any]
 
 
-class Tokens(click.ParamType):
+class Tokens(click.ParamType[int]):
     """A count of tokens, 1024-based."""
 
     name = "TOKENS"

@@ -23,7 +23,7 @@ MOST_RANKS_AS_TEXT = 256
 @with_options(WORKLOAD, OUTPUT)
 @click.pass_context
 def simulate(
-    ctx: click.Context, topology_name: str, ranks: int | None, json_path: Path | None, trace_path: Path | None, **_: Any
+    ctx: click.Context, /, topology_name: str, ranks: int | None, json_path: Path | None, trace_path: Path | None, **_: Any
 ) -> None:
     """Predict each ring step on TOPOLOGY: a YAML file, or the name of a machine that ringsim ships."""
     job = plan(ctx)
@@ -47,7 +47,9 @@ def simulate(
 @click.option("--most", type=Tokens(), default=16, show_default=True, help="Ranks shown in the grid.")
 @with_options(WORKLOAD, OUTPUT[:1])
 @click.pass_context
-def schedule(ctx: click.Context, ranks: int, as_text: bool, validate: bool, most: int, json_path: Path | None, **_: Any) -> None:
+def schedule(
+    ctx: click.Context, /, ranks: int, as_text: bool, validate: bool, most: int, json_path: Path | None, **_: Any
+) -> None:
     """Print who computes, sends and waits: a step x rank grid."""
     made = plan(ctx).schedule(ranks)
     check_outputs(json_path)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 from rich.console import Console
@@ -67,7 +67,7 @@ def on_leader(transport: Transport, function: Callable[[], Value]) -> Value:
     value, error = transport.allgather((value, error))[0]
     if error is not None:
         raise error
-    return value  # type: ignore[return-value]
+    return cast("Value", value)
 
 
 @contextmanager
@@ -104,17 +104,14 @@ def end(run: Callable[[], Any]) -> int:
     except click.exceptions.Exit as request:
         return request.exit_code
     except click.ClickException as error:
-        if leader():
-            error.show()
+        _say(f"ringsim: {error.format_message()}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted")
+        _say("ringsim: interrupted")
         return _abort(130)
-    except BrokenPipeError:
-        return _abort(1)
     except RingsimError as error:
         return _end_together(f"ringsim: {error}", local=isinstance(error, PeerTimeout))
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         trace = "".join(traceback.format_exception(error))
         _say(f"ringsim: rank {launched_rank() or 0} failed: {error!r}\n{trace}", always=True)
         return _abort(1)

@@ -49,7 +49,8 @@ def execute(schedule: Schedule, q: Array, k: Array, v: Array, *, backend: Backen
         def run(endpoint: Any) -> tuple[Rank, Array]:
             rank = Rank(schedule, endpoint, NumpyBackend())
             endpoint.barrier()
-            return rank, rank.run(*shards[endpoint.rank], outs[endpoint.rank])
+            own_q, own_k, own_v = shards[endpoint.rank]
+            return rank, rank.run(own_q, own_k, own_v, outs[endpoint.rank])
 
         ranks, lses = map(list, zip(*spawn(schedule.world_size, run, link=link), strict=True))
     timeline = gather([rank.timeline for rank in ranks if rank.timeline is not None])

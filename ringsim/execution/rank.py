@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..dtypes import accumulator, numpy_dtype
 from ..errors import ArrayError, RankMismatch
-from ..schedule import Schedule
+from ..schedule import Schedule, Send
 from ..timeline import Timeline
 from ..transport import Transport
 from .memory import Memory
@@ -31,6 +31,7 @@ class Rank:
         self.memory = Memory(schedule, transport.rank)
         self.timeline: Timeline | None = None
         self._ops = tuple(schedule.program(transport.rank))
+        self._sends_own = any(isinstance(op, Send) and op.region.slot == 0 for op in self._ops)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The local shapes of q, k, v and out, (batch, local seq, heads, head_dim)."""
@@ -52,10 +53,12 @@ class Rank:
         return None
 
     def walker(self, q: Array, k: Array, v: Array, out: Array) -> Walker:
-        """A walker over the bound arrays. Blocks that leave from the caller's own k and v must be dense, so they may be copied."""
+        """A walker over the caller's arrays; k and v are copied only if they leave from there and are not dense."""
         if message := self.complaint(q, k, v):
             raise ArrayError(f"rank {self.transport.rank}: {message}")
-        self.memory.bind(q=q, k=np.ascontiguousarray(k), v=np.ascontiguousarray(v), out=out)
+        if self._sends_own:
+            k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+        self.memory.bind(q=q, k=k, v=v, out=out)
         return Walker(self._ops, self.memory, self.backend, self.transport, self.schedule.workload.softmax_scale)
 
     def finish(self, walker: Walker) -> Array:

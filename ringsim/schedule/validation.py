@@ -96,7 +96,7 @@ class _Replay:
     def run(self) -> None:
         moving = True
         while moving:
-            moving = any([self._advance(rank) for rank in self._places])
+            moving = sum(self._advance(rank) for rank in self._places) > 0
         for rank, place in self._places.items():
             if place.next < len(place.ops):
                 op = place.ops[place.next]
@@ -152,7 +152,8 @@ class _Replay:
 def _check_match(schedule: Schedule, send: Send, target: int, recv: Recv) -> None:
     sent, expected = ((r.value, r.version, r.nbytes) for r in (send.region, recv.region))
     if sent != expected:
-        message = f"expects {expected[0]} version {expected[1]}, {expected[2]} B; the matching send carries {sent[0]} version {sent[1]}, {sent[2]} B"
+        wanted, carried = (f"{value} version {version}, {nbytes} B" for value, version, nbytes in (expected, sent))
+        message = f"expects {wanted}; the matching send carries {carried}"
         raise _fault(schedule, target, recv, message)
 
 

@@ -1,5 +1,5 @@
 """The simulator: predicts a schedule's timeline on a topology."""
 
-from .simulate import exposed_communication_s, simulate
+from .simulator import exposed_communication_s, simulate
 
 __all__ = ["exposed_communication_s", "simulate"]

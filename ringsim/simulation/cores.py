@@ -66,7 +66,7 @@ class Cores:
         if self._heap:
             delay = max(self._heap[0][0] - self._virtual, 0.0) / self._rate()
             timer = self._env.timeout(delay, self._alarm)
-            timer.callbacks.append(self._on_alarm)  # type: ignore[union-attr]
+            timer.callbacks.append(self._on_alarm)
 
     def _on_alarm(self, timer: simpy.Event) -> None:
         if timer.value != self._alarm:

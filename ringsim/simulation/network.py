@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import simpy
 
 from ..schedule import Recv, Send
-from ..topology import Path_
+from ..topology import Hop
 from .cores import Cores
 
 INFINITE = float("inf")
@@ -40,7 +40,7 @@ class Transfer:
 class Network:
     """Matches posts and moves what they name. With `free` hops cost nothing from the moment both sides have posted."""
 
-    def __init__(self, env: simpy.Environment, path: Path_, cores: list[Cores], *, free: bool = False) -> None:
+    def __init__(self, env: simpy.Environment, path: Hop, cores: list[Cores], *, free: bool = False) -> None:
         self._env = env
         self._path = path
         self._cores = cores
@@ -81,7 +81,7 @@ class Network:
         elif self.progress == "thread":
             transfer.start_s = self._env.now
             job = self._cores[receiver].start(self.work_s(transfer))
-            job.done.callbacks.append(lambda _: self.complete(transfer))  # type: ignore[union-attr]
+            job.done.callbacks.append(lambda _: self.complete(transfer))
         else:
             self.pending[receiver].append(transfer)
             bell, self._bells[receiver] = self._bells[receiver], self._env.event()
@@ -94,7 +94,7 @@ class Network:
         begin = max(self._env.now + self._latency_s, self._wire_free_s[wire])
         end = self._wire_free_s[wire] = begin + transfer.nbytes / self._bandwidth_bytes_per_s
         timer = self._env.timeout(end - self._env.now)
-        timer.callbacks.append(lambda _: self.complete(transfer))  # type: ignore[union-attr]
+        timer.callbacks.append(lambda _: self.complete(transfer))
 
     def complete(self, transfer: Transfer) -> None:
         """Both sides are done."""

@@ -31,7 +31,10 @@ def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False)
     cores = [pool if shared else Cores(env, 1) for _ in range(schedule.world_size)]
     network = Network(env, topology.path, cores, free=free_hops)
     costs = Costs(topology, schedule.workload)
-    ranks = [_Rank(env, rank, schedule, costs, cores[rank], network) for rank in range(schedule.world_size)]
+    ranks = [
+        _Rank(env, rank, schedule=schedule, costs=costs, cores=cores[rank], network=network)
+        for rank in range(schedule.world_size)
+    ]
     processes = [env.process(rank.walk()) for rank in ranks]
     env.run()
     stuck = [rank for rank, process in enumerate(processes) if process.is_alive]
@@ -56,7 +59,7 @@ class _Rank:
     """One rank's process: the simulator's counterpart of the executor's walker."""
 
     def __init__(
-        self, env: simpy.Environment, rank: int, schedule: Schedule, costs: Costs, cores: Cores, network: Network
+        self, env: simpy.Environment, rank: int, *, schedule: Schedule, costs: Costs, cores: Cores, network: Network
     ) -> None:
         self.events: list[Event] = []
         self._env = env
@@ -149,7 +152,7 @@ class _Rank:
         )
         self.events.append(event)
 
-    def _record(self, op: Wait | Compute, kind: str, start_s: float, **times: float) -> None:
+    def _record(self, op: Wait | Compute, kind: str, start_s: float, **times: Any) -> None:
         event = Event(
             rank=self._rank, op=op.id, kind=kind, step=op.step, phase=op.phase, start_s=start_s, end_s=self._env.now, **times
         )

@@ -1,0 +1,132 @@
+"""What the ranks must agree on before the first hop; every rank learns of a fault on any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .arrays import as_array
+from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
+from .mask import mask_named
+from .partition import Partition
+from .schedule import Schedule
+from .transport import Transport
+from .workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the caller of `ring_attention` chose; all ranks must choose alike."""
+
+    causal: bool
+    partition: str
+    softmax_scale: float | None
+    strategy: str
+    sync: str
+    return_lse: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """The local shapes and dtypes of q, k and v, and the options."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    options: Options
+
+    def fixed(self) -> dict[str, Any]:
+        """What must be the same on every rank: all but the number of rows."""
+        names = ("q", "k", "v")
+        parts = {name: f"{dtype}{(s[0], '...', *s[2:])}" for name, dtype, s in zip(names, self.dtypes, self.shapes, strict=True)}
+        return parts | {name: getattr(self.options, name) for name in Options.__dataclass_fields__}
+
+
+def raise_common(transport: Transport, complaint: str | None) -> None:
+    """Raise RankMismatch on every rank if any has a complaint; collective."""
+    _raise_if_any(transport.allgather(complaint))
+
+
+def same_schedule(transport: Transport, build: Callable[[], Schedule]) -> Schedule:
+    """Build the schedule and make sure that all ranks built the same one. Raises WorkloadError, RankMismatch on every rank."""
+    schedule: Schedule | None = None
+    failure: RingsimError | None = None
+    try:
+        schedule = build()
+    except RingsimError as error:
+        failure = error
+    said = transport.allgather((None if failure is None else str(failure), None if schedule is None else schedule.inputs()))
+    if schedule is None or failure is not None:
+        raise WorkloadError(str(failure)) from failure
+    _raise_if_any([message for message, _ in said])
+    for rank, (_, inputs) in enumerate(said):
+        for key, value in said[0][1].items():
+            if inputs[key] != value:
+                raise RankMismatch(f"rank {rank} has {key} = {inputs[key]}, rank 0 has {value}: all ranks must call alike")
+    return schedule
+
+
+def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options: Options) -> Workload:
+    """The global workload of every rank's shards; collective. Raises RankMismatch on every rank if they do not fit together."""
+    mine, fault = None, None
+    try:
+        found = [as_array(name, value) for name, value in zip("qkv", arrays, strict=True)]
+        mine = Shards(shapes=tuple(a.shape for a in found), dtypes=tuple(a.dtype.name for a in found), options=options)
+    except ArrayError as error:
+        fault = str(error)
+    said = transport.allgather((mine, fault))
+    _raise_if_any([message for _, message in said])
+    shards: list[Shards] = [entry for entry, _ in said]
+    _raise_if_any([_difference(shard.fixed(), shards[0].fixed()) for shard in shards])
+    _check_shapes(shards[0])
+    q_len, kv_len, _ = (
+        _length(name, [shard.shapes[i][1] for shard in shards], options.partition) for i, name in enumerate("qkv")
+    )
+    q, k, v = shards[0].shapes
+    return Workload(
+        q_len=q_len,
+        kv_len=kv_len,
+        batch=q[0],
+        heads=q[2],
+        kv_heads=k[2],
+        head_dim=q[3],
+        v_head_dim=v[3],
+        dtype=shards[0].dtypes[0],
+        mask=mask_named("causal" if options.causal else "full"),
+        softmax_scale=-1.0 if options.softmax_scale is None else options.softmax_scale,
+    )
+
+
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    differing = [
+        f"{name} is {found[name]} where rank 0 has {expected[name]}" for name in expected if found[name] != expected[name]
+    ]
+    return ", ".join(differing) or None
+
+
+def _check_shapes(shard: Shards) -> None:
+    q, k, v = shard.shapes
+    fits = q[0] == k[0] == v[0] and k[1] == v[1] and k[2] == v[2] and q[3] == k[3]
+    if not fits or len(set(shard.dtypes)) > 1:
+        shown = ", ".join(f"{name} {dtype}{shape}" for name, dtype, shape in zip("qkv", shard.dtypes, shard.shapes, strict=True))
+        raise RankMismatch(f"q, k and v do not fit together on rank 0: {shown}")
+
+
+def _length(name: str, rows: list[int], partition: str) -> int:
+    """The global length, if these are the rows per rank of a partition of it."""
+    split = Partition(kind=partition, length=sum(rows), world_size=len(rows))
+    expected = [split.count(rank) for rank in range(len(rows))]
+    wrong = [
+        f"rank {rank} has {held}, not {right}"
+        for rank, (held, right) in enumerate(zip(rows, expected, strict=True))
+        if held != right
+    ]
+    if wrong:
+        raise RankMismatch(f"rows of {name} are no {partition} partition of {split.length} tokens: {'; '.join(wrong)}")
+    return split.length
+
+
+def _raise_if_any(complaints: list[str | None]) -> None:
+    faults = [f"rank {rank}: {message}" for rank, message in enumerate(complaints) if message]
+    if faults:
+        raise RankMismatch("; ".join(faults))

@@ -1,0 +1,143 @@
+"""Lowering: the panels that a tile is cut into cover its visible pairs, and what is priced is what is computed."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringsim.errors import WorkloadError
+from ringsim.lowering import Blocking, MicroTiles
+from ringsim.tile import Span, Tile
+
+REPEATABLE = settings(max_examples=400, deadline=None, derandomize=True)
+SIZES = st.integers(1, 12)
+BLOCKINGS = st.builds(Blocking, q_rows=SIZES, k_rows=SIZES, edge_rows=st.integers(1, 15))
+SPANS = st.builds(Span, row=st.integers(0, 5), count=st.integers(1, 40), start=st.integers(-50, 50), step=st.integers(1, 4))
+BOUND = st.none() | st.integers(-60, 60)
+TILES = st.builds(Tile, batch=st.just((1, 3)), heads=st.just((0, 4)), q=SPANS, k=SPANS, lo=BOUND, hi=BOUND)
+
+
+def dense(tile):
+    distance = tile.q.positions()[:, None] - tile.k.positions()[None, :]
+    seen = np.ones(distance.shape, bool)
+    if tile.lo is not None:
+        seen &= distance >= tile.lo
+    if tile.hi is not None:
+        seen &= distance <= tile.hi
+    return seen
+
+
+def all_panels(blocking, tile):
+    return [panel for _, _, panels in blocking.blocks(tile) for panel in panels]
+
+
+def cut(blocking, tile):
+    """The micro-tiles that a kernel runs: each panel in steps of k_rows."""
+    counts = Counter()
+    for panel in all_panels(blocking, tile):
+        for begin in range(panel.k_begin, panel.k_end, blocking.k_rows):
+            columns = min(blocking.k_rows, panel.k_end - begin)
+            counts[panel.q_end - panel.q_begin, columns, panel.masked] += 1
+    return counts
+
+
+def counted(micro_tiles):
+    return {(micro.q_rows, micro.k_rows, micro.masked): micro.count for micro in micro_tiles}
+
+
+@REPEATABLE
+@given(BLOCKINGS, TILES)
+def test_panels_cover_every_visible_pair_exactly_once(blocking, tile):
+    visible = dense(tile)
+    covered = np.zeros(visible.shape, int)
+    for panel in all_panels(blocking, tile):
+        seen = visible[panel.q_begin : panel.q_end, panel.k_begin : panel.k_end]
+        assert seen.all() != panel.masked, "a panel is masked exactly where the band hides one of its pairs"
+        covered[panel.q_begin : panel.q_end, panel.k_begin : panel.k_end] += seen
+    assert np.array_equal(covered, visible)
+
+
+@REPEATABLE
+@given(BLOCKINGS, TILES)
+def test_blocks_follow_one_another_and_hold_their_panels(blocking, tile):
+    before = 0
+    for begin, end, panels in blocking.blocks(tile):
+        assert before <= begin < end <= min(begin + blocking.q_rows, tile.q.count)
+        assert panels
+        for panel in panels:
+            assert begin <= panel.q_begin < panel.q_end <= end
+            assert 0 <= panel.k_begin < panel.k_end <= tile.k.count
+            assert not panel.masked or panel.q_end - panel.q_begin <= blocking.edge_rows
+        before = end
+
+
+@REPEATABLE
+@given(BLOCKINGS, TILES)
+def test_micro_tiles_are_what_the_blocks_are_cut_into(blocking, tile):
+    micro_tiles = blocking.micro_tiles(tile)
+    assert counted(micro_tiles) == cut(blocking, tile)
+    assert len(counted(micro_tiles)) == len(micro_tiles), "alike pieces come together"
+    copies = 2 * 4
+    computed = copies * sum(micro.pairs for micro in micro_tiles)
+    assert computed == tile.pairs() if not tile.masked else computed >= tile.pairs()
+
+
+@REPEATABLE
+@given(BLOCKINGS, TILES)
+def test_an_exact_lowering_prices_the_visible_pairs_alone(blocking, tile):
+    micro_tiles = replace(blocking, exact=True).micro_tiles(tile)
+    assert 2 * 4 * sum(micro.pairs for micro in micro_tiles) == tile.pairs()
+    assert not any(micro.masked for micro in micro_tiles)
+
+
+@REPEATABLE
+@given(BLOCKINGS, TILES, st.integers(-1000, 1000), st.integers(0, 9))
+def test_a_lowering_does_not_depend_on_where_the_tile_lies(blocking, tile, shift, rows):
+    q, k = (replace(span, start=span.start + shift, row=span.row + rows) for span in (tile.q, tile.k))
+    moved = replace(tile, q=q, k=k, batch=(0, 1), heads=(3, 4))
+    assert all_panels(blocking, moved) == all_panels(blocking, tile)
+    assert blocking.micro_tiles(moved) == blocking.micro_tiles(tile)
+    exact = replace(blocking, exact=True)
+    assert exact.micro_tiles(moved) == exact.micro_tiles(tile)
+
+
+@REPEATABLE
+@given(BLOCKINGS, TILES, st.integers(1, 40))
+def test_a_lowering_does_depend_on_the_distance_between_queries_and_keys(blocking, tile, shift):
+    """The cache of micro-tiles must not take two tiles for one."""
+    apart = replace(tile, q=replace(tile.q, start=tile.q.start + shift))
+    assert counted(blocking.micro_tiles(tile)) == cut(blocking, tile)
+    assert counted(blocking.micro_tiles(apart)) == cut(blocking, apart)
+
+
+def test_a_causal_tile_is_cut_into_a_common_part_and_strips_along_the_diagonal():
+    span = Span(row=0, count=8, start=0)
+    tile = Tile(batch=(0, 1), heads=(0, 1), q=span, k=span, lo=0)
+    blocking = Blocking(q_rows=4, k_rows=4, edge_rows=2)
+    assert [(begin, end) for begin, end, _ in blocking.blocks(tile)] == [(0, 4), (4, 8)]
+    assert [tuple(panel) for panel in all_panels(blocking, tile)] == [
+        (0, 4, 0, 1, False),
+        (0, 2, 1, 2, True),
+        (2, 4, 1, 3, False),
+        (2, 4, 3, 4, True),
+        (4, 8, 0, 5, False),
+        (4, 6, 5, 6, True),
+        (6, 8, 5, 7, False),
+        (6, 8, 7, 8, True),
+    ]
+    assert blocking.micro_tiles(tile) == (
+        MicroTiles(4, 2, 1, True),
+        MicroTiles(2, 2, 2, False),
+        MicroTiles(2, 4, 1, False),
+        MicroTiles(1, 4, 4, False),
+    )
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (4, 4, -2)])
+def test_a_blocking_needs_rows(sizes):
+    q_rows, k_rows, edge_rows = sizes
+    with pytest.raises(WorkloadError, match=f"at least one row: {q_rows} x {k_rows}, edge {edge_rows}"):
+        Blocking(q_rows=q_rows, k_rows=k_rows, edge_rows=edge_rows)

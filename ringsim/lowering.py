@@ -69,7 +69,7 @@ class Blocking:
     def _panels(self, low: IntArray, high: IntArray, begin: int, end: int) -> Iterator[Panel]:
         """The keys that the whole block sees in one panel; what lies left and right of them in strips."""
         first, last = int(low[begin]), int(high[end - 1])
-        left, right = int(low[end - 1]), int(high[begin])
+        left, right = self._whole(int(low[end - 1]), int(high[begin]))
         if left >= right:
             yield from self._strips(low, high, range(begin, end), range(first, last))
             return
@@ -77,12 +77,16 @@ class Blocking:
         yield from self._strips(low, high, range(begin, end), range(first, left))
         yield from self._strips(low, high, range(begin, end), range(right, last))
 
+    def _whole(self, begin: int, end: int) -> tuple[int, int]:
+        """Keys that all rows see, as many as fill strips: a sliver of them is cheaper as part of what the band cuts."""
+        return begin, begin + max(end - begin, 0) // self.edge_rows * self.edge_rows
+
     def _strips(self, low: IntArray, high: IntArray, rows: range, keys: range) -> Iterator[Panel]:
         """What rows see of keys in strips of `edge_rows`: the keys that the whole strip sees, and those at its edges."""
         for top in range(rows.start, rows.stop, self.edge_rows) if keys else ():
             bottom = min(top + self.edge_rows, rows.stop)
             seen_from, seen_to = max(keys.start, int(low[top])), min(keys.stop, int(high[bottom - 1]))
-            full_from, full_to = max(keys.start, int(low[bottom - 1])), min(keys.stop, int(high[top]))
+            full_from, full_to = self._whole(max(keys.start, int(low[bottom - 1])), min(keys.stop, int(high[top])))
             if full_from >= full_to:
                 full_from = full_to = seen_to
             for k_begin, k_end, masked in ((seen_from, full_from, True), (full_from, full_to, False), (full_to, seen_to, True)):

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-
 from ringsim.backends.cpu import Cache
 from ringsim.backends.numpy import NumpyBackend, blocking_for
+
 from ringsim.dtypes import numpy_dtype
 from ringsim.errors import ArrayError
 from ringsim.execution import execute
@@ -157,6 +157,18 @@ def test_extreme_logits_stay_finite_and_as_exact_as_float32_allows(signs, mask):
     for found, dense32, dense64 in zip((result.out, result.lse), plain, exact, strict=True):
         assert np.isfinite(found).all()
         assert 0 < largest(found - dense64) <= 2 * largest(dense32 - dense64)
+
+
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize(("dtype", "score", "size"), [("float32", 39.0, 1e36), ("float64", 299.0, 1e306)])
+def test_great_scores_and_great_values_together_stay_in_range(dtype, score, size, mask):
+    # exp(39) x 1e36 is no float32: a sum without a running maximum would overflow although each score is within its bound
+    work = Workload(q_len=30, heads=2, head_dim=1, v_head_dim=4, dtype=dtype, mask=MASKS[mask], softmax_scale=score)
+    q, k, v = inputs(work)
+    q[:], k[:], v = 1, 1, v * v.dtype.type(size / 8)
+    result, (out, lse) = run(work, q, k, v), dense_attention(work, q, k, v / size)
+    assert_close(result.out / size, out, OUT_ERROR[dtype])
+    assert_close(result.lse, lse, LSE_ERROR[dtype])
 
 
 @pytest.mark.parametrize("first", [1e-3, 1.0, 1e2], ids="first block x {}".format)

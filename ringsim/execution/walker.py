@@ -65,10 +65,13 @@ class Walker:
     def _wait(self, op: Wait) -> Generator[Blocked, None, None]:
         start_s, start_cpu_s = time.perf_counter(), time.thread_time()
         posts = [self._posts[post] for post in op.posts]
-        self._transport.poll()
+        # what is already done needs no poll, which might first move some other message
+        polled = False
         while missing := tuple(post for post, handle in posts if not handle.done):
-            yield Blocked(op, missing)
+            if polled:
+                yield Blocked(op, missing)
             self._transport.poll()
+            polled = True
         cpu_s = time.thread_time() - start_cpu_s
         for post in op.posts:
             self._record_post(post)

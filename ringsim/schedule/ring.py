@@ -10,14 +10,15 @@ from .emitter import Emitter
 from .job import Job
 from .ops import Op, Region
 
-K_TAG, V_TAG = 0, 1
+TAGS = (("k", 0), ("v", 1))
 
 
 def ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """Rank r starts with block r and at step s holds block r - s; a block stops where nothing further round needs it.
 
     Bytes sent per rank under a full mask: (P-1)/P of all K and V bytes, ``(P-1) * c * kv_heads * (head_dim +
-    v_head_dim) * itemsize`` for c tokens per rank (arXiv 2310.01889, section 3). Receives go to two slots in turn.
+    v_head_dim) * itemsize`` for c tokens per rank (arXiv 2310.01889, section 3). Receives go to two slots in turn; k goes on
+    while v is still on its way.
     """
     _check(job)
     world_size = job.world_size
@@ -27,12 +28,11 @@ def ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     for step in range(world_size):
         emit.step = step
         held, coming = (rank - step) % world_size, (rank - step - 1) % world_size
-        if job.reach(coming) > step:
-            yield from emit.recv(_block(job, "k", coming, step + 1), peer=behind, tag=K_TAG)
-            yield from emit.recv(_block(job, "v", coming, step + 1), peer=behind, tag=V_TAG)
-        if job.reach(held) > step:
-            yield from emit.send(_block(job, "k", held, step), peer=ahead, tag=K_TAG)
-            yield from emit.send(_block(job, "v", held, step), peer=ahead, tag=V_TAG)
+        for name, tag in TAGS:
+            if job.reach(coming) > step:
+                yield from emit.recv(_block(job, name, coming, step + 1), peer=behind, tag=tag)
+            if job.reach(held) > step:
+                yield from emit.send(_block(job, name, held, step), peer=ahead, tag=tag)
         if tiles := job.tiles(rank, held):
             reads = (q, _block(job, "k", held, step), _block(job, "v", held, step), *_state(job, rank, attends))
             attends += 1

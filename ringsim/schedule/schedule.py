@@ -49,6 +49,7 @@ class Schedule:
             raise WorkloadError(f"unknown sync {self.sync!r}; allowed: {', '.join(SYNCS)}")
         if not 1 <= self.max_message_nbytes <= MAX_MESSAGE_NBYTES:
             raise WorkloadError(f"max_message_nbytes is {self.max_message_nbytes}; it must be 1 to {MAX_MESSAGE_NBYTES}")
+        self.job.q_partition.count(0)
         next(self.program(0), None)
 
     @property

@@ -116,12 +116,12 @@ class _Rank:
 
     def _wait(self, op: Wait) -> Process:
         start_s = self._env.now
-        yield from self._drive()
         posts = [self._posts[post] for post in op.posts]
         while missing := [post.done for post in posts if not post.done.triggered]:
-            yield self._env.all_of(missing) | self._network.bell(self._rank)
-            if self._look_s:
-                yield self._env.timeout(self._look_s)
+            if not self._network.pending[self._rank]:
+                yield self._env.all_of(missing) | self._network.bell(self._rank)
+                if self._look_s:
+                    yield self._env.timeout(self._look_s)
             yield from self._drive()
         self._record_wait(op, posts, start_s)
 

@@ -105,7 +105,7 @@ def compare(predicted: Timeline, measured: Timeline | Sequence[Timeline]) -> Com
 
 def _value(timeline: Timeline, name: str) -> float:
     value = getattr(timeline, name)
-    return float(value if isinstance(value, float) else value())
+    return float(value() if callable(value) else value)
 
 
 def _step(predicted: StepTimes, measured: list[StepTimes]) -> StepComparison:

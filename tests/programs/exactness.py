@@ -1,6 +1,6 @@
 """Compares the ring over MPI with dense float64 attention in every way it can be called; rank 0 prints the faults as JSON.
 
-    mpiexec -n RANKS python exactness.py
+mpiexec -n RANKS python exactness.py
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PARTITIONS = ("contiguous", "striped", "zigzag")
 MASKS = (Full(), Causal())
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LIMITS = {"float64": 1e-12, "float32": 2e-6}
-# 1 leaves ranks without a token, 7 leaves some with one more than others, 131 is prime
-LENGTHS = (1, 7, 131)
+# the least leaves ranks without a token, 7 leaves some with one more than others, 131 is prime
+LENGTHS = (1, 7, 131) if WORLD.size < 4 else (3, 131)
 TIMEOUT_S = 30.0
 Fault = str | None
 Case = tuple[str, Callable[[], Fault]]
@@ -62,10 +62,11 @@ class Problem:
 
     def _lse_fault(self, lse: Any, partition: str, comm: Any) -> Fault:
         expected = shard(self.lse, comm=comm, partition=partition, axis=2)
-        error = float(np.max(np.abs(lse - expected), initial=0))
+        seen = expected != -np.inf
+        error = float(np.max(np.abs(lse[seen] - expected[seen]), initial=0)) if lse.shape == expected.shape else np.nan
         # lse is that of the partials, float32 for the half precisions too, and grows with the length: relative to 8 here
         limit = 8 * (1e-12 if self.workload.dtype == "float64" else 1e-6)
-        good = lse.shape == expected.shape and error <= limit
+        good = error <= limit and np.all(lse[~seen] == -np.inf)
         return None if good else f"lse{lse.shape} is off by {error:.2e}, limit {limit:.2e}, expected {expected.shape}"
 
 
@@ -73,7 +74,8 @@ def matrix(transport: MpiTransport) -> Iterator[Case]:
     """Every partition, mask, grouping, dtype, length and sync, by a plan that runs twice."""
     for mask, kv_heads, dtype, length in itertools.product(MASKS, (1, 4), DTYPES, LENGTHS):
         problem = Problem(q_len=length, batch=2, heads=4, kv_heads=kv_heads, head_dim=16, dtype=dtype, mask=mask)
-        for partition, sync in itertools.product(PARTITIONS, ("free", "step")):
+        # a barrier between rounds does not depend on the dtype
+        for partition, sync in itertools.product(PARTITIONS, ("free", "step") if dtype == "float32" else ("free",)):
             name = f"{mask.name} {partition} kv_heads {kv_heads} {dtype} length {length} sync {sync}"
             yield name, lambda p=problem, kind=partition, sync=sync: planned(p, transport, kind, sync)
 
@@ -116,8 +118,8 @@ def same_bits(one: Any, other: Any) -> bool:
 
 
 def chunks(transport: MpiTransport) -> Iterator[Case]:
-    """Hops that are cut into messages of a few bytes, down to one."""
-    for dtype, most in itertools.product(DTYPES, (1, 7, 64, 1000)):
+    """Hops that are cut into messages of a few bytes, in the middle of a number too."""
+    for dtype, most in itertools.product(DTYPES, (9, 40, 200)):
         problem = Problem(q_len=13, heads=2, kv_heads=1, head_dim=4, dtype=dtype, mask=Causal())
         for partition, sync in itertools.product(PARTITIONS, ("free", "step")):
             name = f"{dtype} {partition} sync {sync} at most {most} B"
@@ -235,7 +237,10 @@ def kinds(_: MpiTransport) -> Iterator[Case]:
     """What an array may be, for the inputs and for out=."""
     # every rank holds a token: NumPy cannot view an empty memoryview as 4-D
     for dtype, name in itertools.product(DTYPES, KINDS):
-        if not (dtype == "bfloat16" and name in ("array.array", "memoryview", "DLPack")) and (dtype, name) != ("float16", "array.array"):
+        if not (dtype == "bfloat16" and name in ("array.array", "memoryview", "DLPack")) and (dtype, name) != (
+            "float16",
+            "array.array",
+        ):
             problem = Problem(q_len=21, heads=2, head_dim=8, dtype=dtype, mask=Causal())
             yield f"{dtype} {name}", lambda p=problem, convert=KINDS[name]: converted(p, convert, "zigzag")
     for name in ("NumPy", "Fortran order", "strided view", "array.array", "memoryview", "DLPack"):

@@ -28,7 +28,8 @@ check: $(READY)
 	@cd tests && ../$(BIN)/mypy --config-file ../pyproject.toml -p ringsim
 
 docs: $(READY)
-	@echo "== writing the figures and tables of docs/"
+	@echo "== writing the figure and the table of docs/ from runs on this machine (some minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check '.[mpich,docs]'
 	@$(BIN)/python docs/make.py
 
 clean:

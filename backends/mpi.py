@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ringsim.backends.cpu import default_threads
 
+from ringsim.backends.cpu import available_cores, yield_core
 from ringsim.errors import MissingDependency, PeerTimeout, RankMismatch
 from ringsim.transport import Bytes, Handle
 
@@ -67,7 +67,7 @@ class MpiTransport:
         self._handles: list[Handle] = []
         self.oversubscribed = False
         self.hosts: list[str] = self.allgather(socket.gethostname())
-        self.oversubscribed = self.hosts.count(self.hosts[self.rank]) > default_threads()
+        self.oversubscribed = self.hosts.count(self.hosts[self.rank]) > available_cores()
 
     def isend(self, data: Bytes, peer: int, tag: int) -> Handle:
         """Post a send (MPI_Isend of bytes)."""
@@ -99,7 +99,7 @@ class MpiTransport:
     def idle(self, attempt: int) -> None:
         """Yield the core at first; on an oversubscribed host sleep, longer by and by."""
         if not self.oversubscribed or attempt < SPIN_ATTEMPTS:
-            os.sched_yield()
+            yield_core()
         else:
             time.sleep(min(SHORTEST_SLEEP_S * (attempt // SPIN_ATTEMPTS), LONGEST_SLEEP_S))
 

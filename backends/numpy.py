@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from ringsim.backends.cpu import Cache, blas_threads, detect_cache
 
+from ringsim.backends.cpu import Cache, blas_threads, detect_cache
 from ringsim.errors import ArrayError
 from ringsim.lowering import Blocking, Panel
 from ringsim.schedule.ops import Compute, Region
@@ -70,6 +70,10 @@ class _Scratch:
         )
 
 
+POLL_S = 5e-4
+"""How often a rank that waits for its own kernel threads drives transfers."""
+
+
 class _Head(NamedTuple):
     """Keys and values of one head in the dtype of computation, and what their norms allow."""
 
@@ -105,6 +109,19 @@ class _Item(NamedTuple):
     begin: int
     end: int
     panels: tuple[Panel, ...]
+
+
+class _Shared(NamedTuple):
+    """Work items that several threads take from, and what went wrong."""
+
+    items: Iterator[_Item]
+    lock: threading.Lock
+    failures: list[BaseException]
+
+    def next(self) -> _Item | None:
+        """The next item, for one thread."""
+        with self.lock:
+            return next(self.items, None)
 
 
 class NumpyBackend:
@@ -145,10 +162,10 @@ class NumpyBackend:
         out, lse = (fetch(region) for region in op.writes)
         np.log(row_sum, out=lse)
         lse += row_max
-        row_sum[row_sum == 0] = 1
+        divisor = np.where(row_sum == 0, row_sum.dtype.type(1), row_sum)
         for batch in range(acc.shape[0]):
             for head in range(acc.shape[1]):
-                np.divide(acc[batch, head], row_sum[batch, head, :, None], out=out[batch, :, head, :], casting="same_kind")
+                np.divide(acc[batch, head], divisor[batch, head, :, None], out=out[batch, :, head, :], casting="same_kind")
                 poll()
 
     def _attend(self, op: Compute, fetch: Fetch, scale: float, poll: Poll) -> None:
@@ -196,30 +213,28 @@ class NumpyBackend:
             for item in items:
                 kernel(scratch, poll, item)
             return
-        lock = threading.Lock()
-        failures: list[BaseException] = []
-
-        def work(index: int, poll: Poll) -> None:
-            try:
-                scratch = self._scratch_of(kernel, index)
-                with np.errstate(all="ignore"):
-                    while not failures:
-                        with lock:
-                            item = next(items, None)
-                        if item is None:
-                            return
-                        kernel(scratch, poll, item)
-            except BaseException as error:  # noqa: BLE001 - raised again below, in the rank's own thread
-                failures.append(error)
-
-        workers = [threading.Thread(target=work, args=(index, _no_poll)) for index in range(1, self.threads)]
+        shared = _Shared(items, threading.Lock(), [])
+        threads = range(1, self.threads)
+        workers = [threading.Thread(target=self._work, args=(shared, kernel, index, _no_poll)) for index in threads]
         for worker in workers:
             worker.start()
-        work(0, poll)
+        self._work(shared, kernel, 0, poll)
         for worker in workers:
-            worker.join()
-        if failures:
-            raise failures[0]
+            while worker.is_alive():
+                worker.join(POLL_S)
+                poll()
+        if shared.failures:
+            raise shared.failures[0]
+
+    def _work(self, shared: _Shared, kernel: _AttendTile, index: int, poll: Poll) -> None:
+        """One thread's loop: take the next item until there is none or a thread has failed."""
+        try:
+            scratch = self._scratch_of(kernel, index)
+            with np.errstate(all="ignore"):
+                while not shared.failures and (item := shared.next()) is not None:
+                    kernel(scratch, poll, item)
+        except BaseException as error:  # noqa: BLE001 - raised again in the rank's own thread
+            shared.failures.append(error)
 
     def _scratch_of(self, kernel: _AttendTile, index: int) -> _Scratch:
         dtype, width = kernel.state[0].dtype, max(kernel.q.shape[3], kernel.state[0].shape[3])

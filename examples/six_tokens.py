@@ -8,10 +8,10 @@ max at 0, which cancels in acc / sum; printed are the true running maximum and s
 """
 
 import numpy as np
-from ringsim.backends.loopback import World
-from ringsim.backends.numpy import NumpyBackend
 
 import ringsim
+from ringsim.backends.loopback import World
+from ringsim.backends.numpy import NumpyBackend
 from ringsim.execution import Rank
 from ringsim.execution.walker import drive_all
 from ringsim.reference import dense_attention

@@ -12,7 +12,7 @@ from .mask import mask_named
 from .partition import Partition
 from .schedule import Schedule
 from .transport import Transport
-from .workload import Workload
+from .workload import DERIVED, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
         v_head_dim=v[3],
         dtype=shards[0].dtypes[0],
         mask=mask_named("causal" if options.causal else "full"),
-        softmax_scale=-1.0 if options.softmax_scale is None else options.softmax_scale,
+        softmax_scale=DERIVED if options.softmax_scale is None else options.softmax_scale,
     )
 
 

@@ -167,7 +167,7 @@ def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int 
         parts.append(array[tuple(index)])
     if not parts:
         index[axis] = slice(0, 0)
-        return array[tuple(index)]
+        parts.append(array[tuple(index)])
     rows: Array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
     return rows
 
@@ -221,12 +221,12 @@ def _place(comm: Any) -> tuple[int, int]:
 
 
 def _backend(transport: Transport, threads: int | None) -> Any:
-    from ringsim.backends.cpu import default_threads
+    from ringsim.backends.cpu import available_cores
     from ringsim.backends.numpy import NumpyBackend
 
     if threads is None:
         hosts = getattr(transport, "hosts", [""] * transport.world_size)
-        threads = max(1, default_threads() // hosts.count(hosts[transport.rank]))
+        threads = max(1, available_cores() // hosts.count(hosts[transport.rank]))
     return NumpyBackend(threads=threads)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -36,6 +37,9 @@ class Partition:
         """The runs of tokens that `rank` holds, in the order of its local rows; empty runs are left out."""
         if not 0 <= rank < self.world_size:
             raise WorkloadError(f"rank {rank} is outside a world of {self.world_size}")
+        return _spans(self, rank)
+
+    def _spans(self, rank: int) -> tuple[Span, ...]:
         if self.kind == "striped":
             count = len(range(rank, self.length, self.world_size))
             return (Span(row=0, count=count, start=rank, step=self.world_size),) if count else ()
@@ -61,3 +65,8 @@ class Partition:
         """Global positions of the rank's tokens, in local order, shape (count,); rotary embeddings need them."""
         spans = self.spans(rank)
         return np.concatenate([span.positions() for span in spans]) if spans else np.empty(0, dtype=np.int64)
+
+
+@lru_cache(maxsize=8192)
+def _spans(partition: Partition, rank: int) -> tuple[Span, ...]:
+    return partition._spans(rank)

@@ -55,6 +55,8 @@ def _one_head(q: Array, k: Array, v: Array, seen: npt.NDArray[np.bool_], scale: 
         if np.isfinite(v).all():
             out = weights @ v
         else:
-            out = np.stack([row[see] @ v[see] for row, see in zip(weights, seen, strict=True)])
+            out = np.zeros((len(q), v.shape[1]), q.dtype)
+            for row, (weight, see) in enumerate(zip(weights, seen, strict=True)):
+                out[row] = weight[see] @ v[see]
         lse = (row_max + np.log(row_sum))[:, 0]
     return out, lse

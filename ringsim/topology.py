@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import pydantic
 
@@ -16,15 +17,33 @@ def _in_units_of(dimension: str) -> pydantic.BeforeValidator:
     return pydantic.BeforeValidator(lambda value: units.parse(value, dimension))
 
 
+def _ascending(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    pairs = [point[0] for point in points]
+    if pairs != sorted(set(pairs)):
+        raise ValueError(f"the pairs per micro-tile must increase from point to point, found {pairs}")
+    return points
+
+
+def _version(value: object) -> object:
+    if value is not FORMAT and (isinstance(value, bool) or value != FORMAT):
+        raise ValueError(f"this ringsim reads version {FORMAT} of the format, found {units.shown(value)}")
+    return value
+
+
+FORMAT: Final = 1
+Version = Annotated[int, pydantic.BeforeValidator(_version)]
+Number = Annotated[float, pydantic.Field(strict=True, allow_inf_nan=False)]
 Time = Annotated[float, _in_units_of("time")]
 Bandwidth = Annotated[float, _in_units_of("bandwidth"), pydantic.Field(gt=0)]
 Rate = Annotated[float, _in_units_of("rate"), pydantic.Field(gt=0)]
 Count = Annotated[int, pydantic.Field(ge=1, strict=True)]
 Text = Annotated[str, pydantic.Field(min_length=1)]
 Points = Annotated[
-    tuple[tuple[Annotated[float, pydantic.Field(ge=1)], Annotated[float, pydantic.Field(gt=0, le=1)]], ...],
+    tuple[tuple[Annotated[Number, pydantic.Field(ge=1)], Annotated[Number, pydantic.Field(gt=0, le=1)]], ...],
     pydantic.Field(min_length=1),
+    pydantic.AfterValidator(_ascending),
 ]
+Switch = Annotated[bool, pydantic.Field(strict=True)]
 
 
 class _Strict(pydantic.BaseModel):
@@ -37,7 +56,7 @@ class MicroTile(_Strict):
     q_rows: Count
     k_rows: Count
     edge_rows: Count
-    exact: bool = False
+    exact: Switch = False
 
 
 class Attention(_Strict):
@@ -58,14 +77,6 @@ class Attention(_Strict):
     micro_tile: MicroTile
     full: Points
     masked: Points
-
-    @pydantic.model_validator(mode="after")
-    def _ascending(self) -> Self:
-        for name in ("full", "masked"):
-            pairs = [point[0] for point in getattr(self, name)]
-            if pairs != sorted(set(pairs)):
-                raise ValueError(f"{name}: the pairs per micro-tile must increase from point to point, found {pairs}")
-        return self
 
 
 class Devices(_Strict):
@@ -100,7 +111,7 @@ class Hop(_Strict):
 class Topology(_Strict):
     """One node. `source` says where the figures come from."""
 
-    ringsim: Literal[1]
+    ringsim: Version
     name: Text
     source: Text
     ranks: Count | None = None
@@ -118,10 +129,10 @@ def names() -> tuple[str, ...]:
 def load(name_or_path: str | Path) -> Topology:
     """A topology by file path, or by the name of a shipped one. Raises TopologyError with file, line and remedy."""
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name too long
         return parse_document(yaml_source.read(path, TopologyError))
     if str(name_or_path) not in names():
-        raise TopologyError(f"no topology {str(name_or_path)!r}: give a .yaml file or one of {', '.join(names())}")
+        raise TopologyError(f"no topology {units.shown(str(name_or_path))}: give a .yaml file or one of {', '.join(names())}")
     entry = resources.files("ringsim.topologies") / f"{name_or_path}.yaml"
     return parse_document(yaml_source.parse(entry.read_text(encoding="utf-8"), f"topologies/{name_or_path}.yaml", TopologyError))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+import sys
+from fractions import Fraction
 from typing import Final
 
 from .errors import RingsimError
@@ -17,20 +18,29 @@ _SI: Final = {"": 0, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12, "P": 15}
 _BINARY: Final = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40}
 
 
-def _scaled(unit: str, factor: Decimal = Decimal(1)) -> dict[str, Decimal]:
-    return {prefix + unit: Decimal(10) ** power * factor for prefix, power in _SI.items()}
+def _scaled(unit: str, factor: Fraction = Fraction(1)) -> dict[str, Fraction]:
+    return {prefix + unit: 10**power * factor for prefix, power in _SI.items()}
 
 
-_BYTES: Final = _scaled("B") | {prefix + "B": Decimal(2) ** power for prefix, power in _BINARY.items()}
-DIMENSIONS: Final[dict[str, dict[str, Decimal]]] = {
-    "time": {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "µs": Decimal("1e-6"), "ns": Decimal("1e-9")},
+_BYTES: Final = _scaled("B") | {prefix + "B": Fraction(2**power) for prefix, power in _BINARY.items()}
+DIMENSIONS: Final[dict[str, dict[str, Fraction]]] = {
+    "time": {unit: Fraction(1, 10**power) for unit, power in (("s", 0), ("ms", 3), ("us", 6), ("µs", 6), ("ns", 9))},
     "size": _BYTES,
-    "bandwidth": {f"{unit}/s": scale for unit, scale in _BYTES.items()}
-    | {f"{unit}/s": scale for unit, scale in _scaled("bit", Decimal(1) / 8).items()},
+    "bandwidth": {f"{unit}/s": scale for unit, scale in (_BYTES | _scaled("bit", Fraction(1, 8))).items()},
     "rate": {f"{unit}/s": scale for unit, scale in _scaled("FLOP").items()},
 }
 _EXAMPLE: Final = {"time": "8 us", "size": "80 GB", "bandwidth": "450 GB/s or 400 Gbit/s", "rate": "989 TFLOP/s"}
-_QUANTITY: Final = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([^\d\s].*?)?\s*")
+_QUANTITY: Final = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?([0-9]+))?)\s*([^0-9\s].*?)?\s*")
+LONGEST, LONGEST_EXPONENT = 64, 3
+
+
+def shown(value: object) -> str:
+    """A value as a message can show it."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of very many digits"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def parse(text: object, dimension: str) -> float:
@@ -38,42 +48,45 @@ def parse(text: object, dimension: str) -> float:
 
     Raises UnitError when the unit is missing, belongs to another dimension, or the value is negative or not finite.
     """
-    match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
+    match = _QUANTITY.fullmatch(text) if isinstance(text, str) and len(text) <= LONGEST else None
     if match is None:
         what = "a bare number" if isinstance(text, int | float) and not isinstance(text, bool) else "no quantity"
-        raise UnitError(f"{text!r} is {what}: write a {dimension} with its unit, e.g. {_EXAMPLE[dimension]}")
-    number, unit = match.groups()
+        raise UnitError(f"{shown(text)} is {what}: write a {dimension} with its unit, e.g. {_EXAMPLE[dimension]}")
+    number, exponent, unit = match.groups()
     units = DIMENSIONS[dimension]
     if unit is None:
         raise UnitError(f"{text!r} has no unit: write a {dimension} such as {_EXAMPLE[dimension]}")
     if unit not in units:
         raise UnitError(f"{text!r}: {unit!r} is no unit of {dimension}; allowed: {', '.join(units)}")
-    value = float(Decimal(number) * units[unit])
-    if not 0 <= value < float("inf"):
+    value = Fraction(number) * units[unit] if len(exponent or "") <= LONGEST_EXPONENT else -1
+    if not 0 <= value <= Fraction(sys.float_info.max):
         raise UnitError(f"{text!r} is out of range: a {dimension} is finite and not negative")
-    return value
+    return float(value)
 
 
 _TOKENS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+MOST_TOKENS = 2**63 - 1
 
 
 def parse_tokens(text: str) -> int:
     """Read a count of tokens: ``6``, ``8K`` (8 x 1024), ``1M`` (1024 x 1024). Raises UnitError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?)\s*", text) if len(text) <= LONGEST else None
     if match is None:
-        raise UnitError(f"{text!r} is no count of tokens: write e.g. 6, 8K (= 8192) or 1M (= 1048576)")
-    value = Decimal(match[1]) * _TOKENS[match[2]]
-    if value != int(value):
-        raise UnitError(f"{text!r} is not a whole number of tokens ({value})")
+        raise UnitError(f"{shown(text)} is no count of tokens: write e.g. 6, 8K (= 8192) or 1M (= 1048576)")
+    value = Fraction(match[1]) * _TOKENS[match[2]]
+    if value.denominator != 1:
+        raise UnitError(f"{text!r} is not a whole number of tokens ({float(value)})")
+    if value > MOST_TOKENS:
+        raise UnitError(f"{text!r} is more than {MOST_TOKENS} tokens")
     return int(value)
 
 
 def _format(value: float, scale: tuple[tuple[float, str], ...]) -> str:
-    for factor, unit in scale:
-        if abs(value) >= factor:
-            return f"{value / factor:.4g} {unit}"
-    factor, unit = scale[-1]
-    return f"{value / factor:.4g} {unit}"
+    """Four digits, in the largest unit that leaves at least one before the point."""
+    value = float(f"{value:.4g}")
+    factor, unit = next((entry for entry in scale if abs(value) >= entry[0]), scale[-1])
+    number = value / factor
+    return f"{number:.0f} {unit}" if abs(number) >= 1000 else f"{number:.4g} {unit}"
 
 
 def format_time(seconds: float) -> str:

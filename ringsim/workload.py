@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -10,6 +11,8 @@ from .errors import WorkloadError
 from .mask import Full, Mask, mask_named
 
 PASSES: Final = ("forward", "backward", "both")
+DERIVED: Final[Any] = None
+"""Default of a field that follows from others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,40 +22,48 @@ class Workload:
 
     Query i is at position ``q_offset + i``, key j at ``kv_offset + j``; masks compare positions (a decode step over a
     cache has ``q_len=1, q_offset=kv_len-1``). `lengths`, if given, holds the valid tokens of each sequence: later keys
-    are seen by no query and later queries see nothing (output 0, lse -inf). `softmax_scale` defaults to
-    ``head_dim ** -0.5``. `wire_dtype` is that of travelling blocks. Raises WorkloadError.
+    are seen by no query and later queries see nothing (output 0, lse -inf). `wire_dtype` is that of travelling blocks. Left
+    out, kv_len is q_len, kv_heads heads, v_head_dim head_dim, softmax_scale ``head_dim ** -0.5`` and wire_dtype dtype.
+    Raises WorkloadError.
     """
 
     q_len: int
-    kv_len: int = -1
+    kv_len: int = DERIVED
     batch: int = 1
     heads: int = 1
-    kv_heads: int = -1
+    kv_heads: int = DERIVED
     head_dim: int = 64
-    v_head_dim: int = -1
+    v_head_dim: int = DERIVED
     dtype: str = "float32"
     mask: Mask = field(default_factory=Full)
-    softmax_scale: float = -1.0
+    softmax_scale: float = DERIVED
     q_offset: int = 0
     kv_offset: int = 0
     lengths: tuple[int, ...] | None = None
-    wire_dtype: str = ""
+    wire_dtype: str = DERIVED
     pass_: str = "forward"
 
     def __post_init__(self) -> None:
-        derived = {
-            "kv_len": (-1, self.q_len),
-            "kv_heads": (-1, self.heads),
-            "v_head_dim": (-1, self.head_dim),
-            "softmax_scale": (-1.0, float(self.head_dim) ** -0.5 if self.head_dim > 0 else 1.0),
-            "wire_dtype": ("", self.dtype),
-        }
-        for name, (unset, value) in derived.items():
-            if getattr(self, name) == unset:
-                object.__setattr__(self, name, value)
+        self._derive()
+        for name in ("q_len", "kv_len", "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_offset", "kv_offset"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        if self.lengths is not None:
+            object.__setattr__(self, "lengths", tuple(_whole("lengths", length) for length in self.lengths))
         object.__setattr__(self, "dtype", canonical(self.dtype))
         object.__setattr__(self, "wire_dtype", canonical(self.wire_dtype))
         self._check()
+
+    def _derive(self) -> None:
+        derived = {
+            "kv_len": self.q_len,
+            "kv_heads": self.heads,
+            "v_head_dim": self.head_dim,
+            "softmax_scale": float(self.head_dim) ** -0.5 if self.head_dim > 0 else 1.0,
+            "wire_dtype": self.dtype,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is DERIVED:
+                object.__setattr__(self, name, value)
 
     def _check(self) -> None:
         for name in ("q_len", "kv_len", "batch"):
@@ -99,6 +110,15 @@ class Workload:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Workload:
-        """A workload from `to_dict`'s values."""
-        lengths = values.get("lengths")
-        return cls(**(values | {"mask": mask_named(values["mask"]), "lengths": None if lengths is None else tuple(lengths)}))
+        """A workload from `to_dict`'s values. Raises WorkloadError for unknown or missing ones."""
+        try:
+            return cls(**(values | {"mask": mask_named(values["mask"])}))
+        except (TypeError, KeyError) as error:
+            raise WorkloadError(f"not the values of a workload: {error}") from None
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise WorkloadError(f"{name} is {value!r}; it must be a whole number") from None

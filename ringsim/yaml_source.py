@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from . import units
 from .errors import RingsimError
 
 Place = tuple[str | int, ...]
@@ -49,26 +50,44 @@ def parse(text: str, file: str, error: type[RingsimError]) -> Document:
     """Parse YAML text; `file` is its name in messages."""
     document = Document(file, error)
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                line = event.start_mark.line + 1 if event.start_mark else 1
-                raise error(f"{file}:{line}: anchors and aliases are not allowed")
+        _check_events(document, text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
         what = getattr(problem, "problem", None) or str(problem).split("\n")[0]
-        raise error(f"{file}:{mark.line + 1 if mark else 1}: not YAML: {what}") from problem
-    except RecursionError:
-        raise error(f"{file}: nested too deeply; at most {MAX_DEPTH} levels") from None
+        raise error(f"{file}:{_line_of(problem, text)}: not YAML: {what}") from problem
+    except RingsimError:
+        raise
+    except (ValueError, OverflowError) as problem:
+        # PyYAML turns escapes and version numbers into integers and characters without checking their range
+        raise error(f"{file}:1: not YAML: {problem}") from problem
     if node is not None:
         document.value = _build(document, node, ())
     return document
 
 
+def _check_events(document: Document, text: str) -> None:
+    """Refuse anchors, aliases, tags and deep nesting while the events come, before anything is built of them."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise document.error(f"{document.file}:{line}: anchors and aliases are not allowed")
+        if tag := getattr(event, "tag", None):
+            raise document.error(f"{document.file}:{line}: tags are not allowed: {units.shown(tag)}")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise document.error(f"{document.file}:{line}: nested too deeply; at most {MAX_DEPTH} levels")
+
+
+def _line_of(problem: yaml.YAMLError, text: str) -> int:
+    mark = getattr(problem, "problem_mark", None)
+    if mark is not None:
+        return int(mark.line) + 1
+    return text.count("\n", 0, getattr(problem, "position", 0) or 0) + 1
+
+
 def _build(document: Document, node: yaml.Node, path: Place) -> Any:
-    document.lines[path] = node.start_mark.line + 1
-    if len(path) > MAX_DEPTH:
-        raise document.fail(path, f"nested too deeply; at most {MAX_DEPTH} levels")
+    document.lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         return _mapping(document, node, path)
     if isinstance(node, yaml.SequenceNode):
@@ -85,6 +104,7 @@ def _mapping(document: Document, node: yaml.MappingNode, path: Place) -> dict[st
         key = key_node.value
         if key in result:
             raise document.error(f"{document.file}:{line}: duplicate key {key!r}; first on line {document.lines[*path, key]}")
+        document.lines[*path, key] = line
         result[key] = _build(document, value_node, (*path, key))
     return result
 
@@ -94,6 +114,8 @@ def _scalar(document: Document, node: yaml.Node, path: Place) -> Any:
         return node.value
     for pattern, kind in ((_INT, int), (_FLOAT, float)):
         if pattern.fullmatch(node.value):
+            if len(node.value) > units.LONGEST:
+                raise document.fail(path, f"{units.shown(node.value)}: a number of too many digits")
             return kind(node.value)
     return {"true": True, "false": False, "null": None, "": None}.get(node.value, node.value)
 
@@ -116,8 +138,10 @@ def _explain(document: Document, model: type[pydantic.BaseModel], problem: pydan
     if first["type"] == "missing":
         return document.fail(path[:-1], f"key {path[-1]!r} is missing")
     message = first["msg"].removeprefix("Value error, ")
-    shown = first["input"]
-    return document.fail(path, message if repr(shown) in message or isinstance(shown, dict) else f"{message} (found {shown!r})")
+    ours = first["type"] == "value_error"
+    return document.fail(
+        path, message if ours or isinstance(first["input"], dict) else f"{message} (found {units.shown(first['input'])})"
+    )
 
 
 def _unknown_key(model: type[pydantic.BaseModel], path: Place) -> str:

@@ -4,9 +4,9 @@ import array
 
 import numpy as np
 import pytest
-from ringsim.backends.loopback import spawn
 
 import ringsim
+from ringsim.backends.loopback import spawn
 from ringsim.errors import ArrayError, RankMismatch, WorkloadError
 from ringsim.reference import dense_attention
 

@@ -55,7 +55,8 @@ def test_panels_cover_every_visible_pair_exactly_once(blocking, tile):
     covered = np.zeros(visible.shape, int)
     for panel in all_panels(blocking, tile):
         seen = visible[panel.q_begin : panel.q_end, panel.k_begin : panel.k_end]
-        assert seen.all() != panel.masked, "a panel is masked exactly where the band hides one of its pairs"
+        assert seen.all() or panel.masked, "the kernel computes an unmasked panel whole"
+        assert not panel.masked or seen.all(axis=0).sum() < blocking.edge_rows, "what a whole strip sees is not masked"
         covered[panel.q_begin : panel.q_end, panel.k_begin : panel.k_end] += seen
     assert np.array_equal(covered, visible)
 
@@ -114,26 +115,26 @@ def test_a_lowering_does_depend_on_the_distance_between_queries_and_keys(blockin
 
 
 def test_a_causal_tile_is_cut_into_a_common_part_and_strips_along_the_diagonal():
-    span = Span(row=0, count=8, start=0)
-    tile = Tile(batch=(0, 1), heads=(0, 1), q=span, k=span, lo=0)
+    q, k = Span(row=0, count=8, start=1), Span(row=0, count=9, start=0)
+    tile = Tile(batch=(0, 1), heads=(0, 1), q=q, k=k, lo=0)
     blocking = Blocking(q_rows=4, k_rows=4, edge_rows=2)
     assert [(begin, end) for begin, end, _ in blocking.blocks(tile)] == [(0, 4), (4, 8)]
     assert [tuple(panel) for panel in all_panels(blocking, tile)] == [
-        (0, 4, 0, 1, False),
-        (0, 2, 1, 2, True),
-        (2, 4, 1, 3, False),
-        (2, 4, 3, 4, True),
-        (4, 8, 0, 5, False),
-        (4, 6, 5, 6, True),
-        (6, 8, 5, 7, False),
-        (6, 8, 7, 8, True),
+        (0, 4, 0, 2, False),
+        (0, 2, 2, 3, True),
+        (2, 4, 2, 4, False),
+        (2, 4, 4, 5, True),
+        (4, 8, 0, 6, False),
+        (4, 6, 6, 7, True),
+        (6, 8, 6, 8, False),
+        (6, 8, 8, 9, True),
     ]
-    assert blocking.micro_tiles(tile) == (
+    assert set(blocking.micro_tiles(tile)) == {
         MicroTiles(4, 2, 1, True),
         MicroTiles(2, 2, 2, False),
-        MicroTiles(2, 4, 1, False),
+        MicroTiles(2, 4, 2, False),
         MicroTiles(1, 4, 4, False),
-    )
+    }
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (4, 4, -2)])

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+
 from ringsim.backends.cpu import Cache
 from ringsim.backends.numpy import NumpyBackend, blocking_for
-
 from ringsim.dtypes import numpy_dtype
 from ringsim.errors import ArrayError
 from ringsim.execution import execute

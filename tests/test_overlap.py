@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from ringsim.backends.loopback import PacedLink
 
+from ringsim.backends.loopback import PacedLink
 from ringsim.execution import execute
 from ringsim.reference import dense_attention
 from ringsim.schedule import Schedule

@@ -69,7 +69,7 @@ def measure(
 def facts(transport: Transport, threads: int) -> dict[str, Any]:
     """What a measurement depends on: host, libraries, threads."""
     from ringsim.backends import cpu
-    from ringsim.backends.cpu import default_threads
+    from ringsim.backends.cpu import available_cores
 
     return {
         "ringsim": __version__,
@@ -80,7 +80,7 @@ def facts(transport: Transport, threads: int) -> dict[str, Any]:
         "backend": "numpy",
         "numpy": np.__version__,
         "threads": threads,
-        "cores": default_threads(),
+        "cores": available_cores(),
         **cpu.describe(),
     }
 
@@ -145,7 +145,7 @@ def run(
 )
 def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...], timeout: float) -> None:
     """Measure this machine's kernels and hops with all ranks at work, and write them as a topology."""
-    from ringsim.backends.cpu import default_threads
+    from ringsim.backends.cpu import available_cores
     from ringsim.backends.numpy import NumpyBackend
 
     if leader():
@@ -158,7 +158,7 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
 
     with progress("calibrating", len(kernels) + 2) as advance:
         described = facts(transport, 1)
-        values = calibrate_machine(transport, kernels, backend, cores=default_threads(), facts=described, progress=advance)
+        values = calibrate_machine(transport, kernels, backend, cores=available_cores(), facts=described, progress=advance)
     text = to_yaml(values)
     if transport.rank == 0:
         topology.parse(text, str(output))

@@ -122,19 +122,15 @@ def plan(ctx: click.Context) -> Plan:
             raise WorkloadError(f"{path}: {name} {values[name]!r} is unknown; allowed: {', '.join(allowed)}")
     workload = Workload(
         q_len=values["seq"],
-        kv_len=_or(values["kv_seq"], -1),
-        q_offset=_or(values["q_offset"], 0),
+        kv_len=values["kv_seq"],
+        q_offset=values["q_offset"] or 0,
         batch=values["batch"],
         heads=values["heads"],
-        kv_heads=_or(values["kv_heads"], -1),
+        kv_heads=values["kv_heads"],
         head_dim=values["head_dim"],
-        v_head_dim=_or(values["v_head_dim"], -1),
+        v_head_dim=values["v_head_dim"],
         dtype=values["dtype"],
         mask=mask_named("causal" if values["causal"] else "full"),
-        softmax_scale=_or(values["softmax_scale"], -1.0),
+        softmax_scale=values["softmax_scale"],
     )
     return Plan(workload=workload, partition=values["partition"], strategy=values["strategy"], sync=values["sync"])
-
-
-def _or(value: Any, unset: Any) -> Any:
-    return unset if value is None else value

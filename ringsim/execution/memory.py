@@ -25,8 +25,9 @@ class Memory:
         self._bound: dict[tuple[str, int], Array] = {}
         for key, nbytes in schedule.buffers(rank).items():
             if key[0] not in BOUND or key[1] != 0:
-                # one page is touched now, so that the first run does not pay for it
-                self._slots[key] = np.zeros(nbytes, dtype=np.uint8)
+                self._slots[key] = np.empty(nbytes, dtype=np.uint8)
+                # touch every page now, so that the first run does not pay for it
+                self._slots[key].fill(0)
 
     @property
     def nbytes(self) -> int:

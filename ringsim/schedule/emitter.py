@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from ..tile import Tile
@@ -12,19 +12,19 @@ MAX_MESSAGE_NBYTES = 2**31 - 1
 BARRIER_TAG = 16
 
 
-def hazards(op: Send | Recv | Compute, outstanding: tuple[Post, ...]) -> tuple[int, ...]:
-    """Ids of the outstanding posts that must complete before `op` may start.
+def hazards(reads: tuple[Region, ...], writes: tuple[Region, ...], outstanding: Iterable[Post]) -> tuple[int, ...]:
+    """Ids of the outstanding posts that must complete before an op that reads and writes these regions may start.
 
     Read after write (a region that is still arriving), write after read (a slot that is still being sent) and write
     after write. Order among computes is the program's own.
     """
-    reads = op.reads if isinstance(op, Compute) else (op.region,) if isinstance(op, Send) else ()
-    writes = op.writes if isinstance(op, Compute) else (op.region,) if isinstance(op, Recv) else ()
     waits = []
     for post in outstanding:
-        touched = writes if isinstance(post, Send) else reads + writes
-        if any(region.overlaps(post.region) for region in touched):
-            waits.append(post.id)
+        touched = writes if isinstance(post, Send) else (*reads, *writes)
+        for region in touched:
+            if region.overlaps(post.region):
+                waits.append(post.id)
+                break
     return tuple(waits)
 
 
@@ -42,14 +42,18 @@ class Emitter:
     def recv(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
         """Post a receive, in chunks if it is long; nothing for an empty region."""
         for part in self._chunks(region):
-            op = Recv(id=-1, step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
-            yield from self._post(op)
+            yield from self._wait(hazards((), (part,), self._outstanding.values()))
+            post = Recv(id=self._take_id(), step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
+            self._outstanding[post.id] = post
+            yield post
 
     def send(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
         """Post a send, in chunks if it is long; nothing for an empty region."""
         for part in self._chunks(region):
-            op = Send(id=-1, step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
-            yield from self._post(op)
+            yield from self._wait(hazards((part,), (), self._outstanding.values()))
+            post = Send(id=self._take_id(), step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
+            self._outstanding[post.id] = post
+            yield post
 
     def compute(
         self,
@@ -62,9 +66,10 @@ class Emitter:
         flops: int = 0,
     ) -> Iterator[Op]:
         """Launch a kernel."""
-        op = Compute(id=-1, step=self.step, phase=phase, kernel=kernel, reads=reads, writes=writes, tiles=tiles, flops=flops)
-        yield from self._wait(hazards(op, tuple(self._outstanding.values())))
-        yield replace(op, id=self._take_id())
+        yield from self._wait(hazards(reads, writes, self._outstanding.values()))
+        yield Compute(
+            id=self._take_id(), step=self.step, phase=phase, kernel=kernel, reads=reads, writes=writes, tiles=tiles, flops=flops
+        )
 
     def barrier(self, group: str = "ring") -> Iterator[Op]:
         """Nobody passes before all have come, with all their posts complete: a dissemination barrier of one-byte tokens.
@@ -95,12 +100,6 @@ class Emitter:
         for begin in range(0, region.nbytes, self._limit):
             size = min(self._limit, region.nbytes - begin)
             yield replace(region, shape=(size,), dtype="uint8", offset=region.offset + begin)
-
-    def _post(self, op: Post) -> Iterator[Op]:
-        yield from self._wait(hazards(op, tuple(self._outstanding.values())))
-        op = replace(op, id=self._take_id())
-        self._outstanding[op.id] = op
-        yield op
 
     def _wait(self, posts: tuple[int, ...], phase: str = "hop") -> Iterator[Op]:
         if posts:

@@ -42,12 +42,13 @@ class Job:
 
 
 def _shift(span: Span, offset: int) -> Span:
-    return replace(span, start=span.start + offset)
+    return replace(span, start=span.start + offset) if offset else span
 
 
 def _clip(span: Span, length: int) -> Span:
     """The tokens of a span at positions below `length` (before any offset)."""
-    return span.part(0, min(span.count, max(0, -((span.start - length) // span.step))))
+    count = min(span.count, max(0, -((span.start - length) // span.step)))
+    return span if count == span.count else span.part(0, count)
 
 
 @lru_cache(maxsize=4096)

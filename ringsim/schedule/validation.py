@@ -65,7 +65,9 @@ def _check_order(schedule: Schedule, rank: int, ops: tuple[Op, ...]) -> None:
             for post in op.posts:
                 del outstanding[post]
             continue
-        missing = hazards(op, tuple(outstanding.values()))
+        reads = op.reads if isinstance(op, Compute) else (op.region,) if isinstance(op, Send) else ()
+        writes = op.writes if isinstance(op, Compute) else (op.region,) if isinstance(op, Recv) else ()
+        missing = hazards(reads, writes, outstanding.values())
         if missing:
             raise _fault(schedule, rank, op, f"touches a region of post(s) {list(missing)} without waiting for them")
         if isinstance(op, Send | Recv):

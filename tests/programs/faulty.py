@@ -1,9 +1,9 @@
-"""`ringsim ...` in which one rank meets its fate in the middle of the ring.
+"""`ringsim ...` in which one rank meets its fate.
 
-    python faulty.py ACTION RANK ringsim-arguments...
+    python faulty.py FATE RANK ringsim-arguments...
 
-At the second attend every rank leaves a file `rank-R` in the working folder; then RANK raises, sleeps for ever, or, with the
-action `go`, carries on like the others.
+At its second attend, and again before it renames a file that it has written, each rank leaves a file `rank-R.attend` or
+`rank-R.rename` in the working folder. There the fate awaits RANK: `attend:raise`, `attend:sleep`, `rename:sleep` or `none`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,35 @@ from ringsim.backends.numpy import NumpyBackend
 from ringsim.cli.main import main
 from ringsim.cli.session import launched_rank
 
-ATTEND = 2
+FATE, FATED = sys.argv[1], int(sys.argv[2])
 
 
-def doomed(action: str, fated: int) -> Callable[..., None]:
-    """NumpyBackend.compute with the fate built in."""
-    compute, attends = NumpyBackend.compute, 0
+def meet(place: str) -> None:
+    """Leave the mark and, if this is the rank and the place, do what must be done."""
+    Path(f"rank-{launched_rank()}.{place}").touch()
+    where, _, what = FATE.partition(":")
+    if where == place and launched_rank() == FATED:
+        if what == "raise":
+            raise ArithmeticError("it failed on purpose")
+        time.sleep(3600)
 
-    def replacement(self: NumpyBackend, op: Any, *arguments: Any, **options: Any) -> None:
-        nonlocal attends
-        attends += op.kernel == "attend"
-        if attends == ATTEND and op.kernel == "attend":
-            Path(f"rank-{launched_rank()}").touch()
-            if launched_rank() == fated and action == "raise":
-                raise ArithmeticError("the second attend failed on purpose")
-            if launched_rank() == fated and action == "sleep":
-                time.sleep(3600)
-        compute(self, op, *arguments, **options)
+
+def before(place: str, original: Callable[..., Any], counts: Callable[..., bool], nth: int) -> Callable[..., Any]:
+    """`original`, which meets the fate at its nth call that counts."""
+    calls = 0
+
+    def replacement(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        if counts(*arguments):
+            calls += 1
+            if calls == nth:
+                meet(place)
+        return original(*arguments, **options)
 
     return replacement
 
 
 if __name__ == "__main__":
-    NumpyBackend.compute = doomed(sys.argv[1], int(sys.argv[2]))  # type: ignore[method-assign]
+    NumpyBackend.compute = before("attend", NumpyBackend.compute, lambda _, op, *__: op.kernel == "attend", 2)  # type: ignore[method-assign]
+    Path.replace = before("rename", Path.replace, lambda *_: True, 1)  # type: ignore[method-assign]
     main(sys.argv[3:])

@@ -20,7 +20,7 @@ WORLD = MPI.COMM_WORLD
 ODD = WORLD.rank == int(sys.argv[1])
 ROWS = 4
 # short: a mismatch that is not found before the first hop shows as a PeerTimeout
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0
 
 
 def arrays(

@@ -55,12 +55,12 @@ def parse(text: object, dimension: str) -> float:
     number, exponent, unit = match.groups()
     units = DIMENSIONS[dimension]
     if unit is None:
-        raise UnitError(f"{text!r} has no unit: write a {dimension} such as {_EXAMPLE[dimension]}")
+        raise UnitError(f"{shown(text)} has no unit: write a {dimension} such as {_EXAMPLE[dimension]}")
     if unit not in units:
-        raise UnitError(f"{text!r}: {unit!r} is no unit of {dimension}; allowed: {', '.join(units)}")
+        raise UnitError(f"{shown(text)}: {unit!r} is no unit of {dimension}; allowed: {', '.join(units)}")
     value = Fraction(number) * units[unit] if len(exponent or "") <= LONGEST_EXPONENT else -1
     if not 0 <= value <= Fraction(sys.float_info.max):
-        raise UnitError(f"{text!r} is out of range: a {dimension} is finite and not negative")
+        raise UnitError(f"{shown(text)} is out of range: a {dimension} is finite and not negative")
     return float(value)
 
 
@@ -75,9 +75,9 @@ def parse_tokens(text: str) -> int:
         raise UnitError(f"{shown(text)} is no count of tokens: write e.g. 6, 8K (= 8192) or 1M (= 1048576)")
     value = Fraction(match[1]) * _TOKENS[match[2]]
     if value.denominator != 1:
-        raise UnitError(f"{text!r} is not a whole number of tokens ({float(value)})")
+        raise UnitError(f"{shown(text)} is not a whole number of tokens ({float(value)})")
     if value > MOST_TOKENS:
-        raise UnitError(f"{text!r} is more than {MOST_TOKENS} tokens")
+        raise UnitError(f"{shown(text)} is more than {MOST_TOKENS} tokens")
     return int(value)
 
 

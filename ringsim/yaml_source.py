@@ -59,7 +59,8 @@ def parse(text: str, file: str, error: type[RingsimError]) -> Document:
         raise
     except (ValueError, OverflowError) as problem:
         # PyYAML turns escapes and version numbers into integers and characters without checking their range
-        raise error(f"{file}:1: not YAML: {problem}") from problem
+        raise error(f"{file}:{document.lines.get((), 1)}: not YAML: {problem}") from problem
+    document.lines.clear()
     if node is not None:
         document.value = _build(document, node, ())
     return document
@@ -69,7 +70,7 @@ def _check_events(document: Document, text: str) -> None:
     """Refuse anchors, aliases, tags and deep nesting while the events come, before anything is built of them."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1 if event.start_mark else 1
+        line = document.lines[()] = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise document.error(f"{document.file}:{line}: anchors and aliases are not allowed")
         if tag := getattr(event, "tag", None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -100,9 +102,7 @@ class RingAttention:
 
     def close(self) -> None:
         """Free the duplicated communicator; collective."""
-        closer = getattr(self._transport, "close", None)
-        if closer is not None:
-            closer()
+        _close(self._transport, None)
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +137,7 @@ def ring_attention(
     Source: Ring Attention, arXiv 2310.01889; merge by log-sum-exp, FlashAttention-2, arXiv 2307.08691.
     """
     transport = transport_of(comm, timeout_s)
-    try:
+    with _closing(transport, comm):
         options = agreement.Options(
             causal=causal, partition=partition, softmax_scale=softmax_scale, strategy=strategy, sync=sync, return_lse=return_lse
         )
@@ -146,9 +146,6 @@ def ring_attention(
             workload, comm=transport, partition=partition, strategy=strategy, sync=sync, threads=threads, timeout_s=timeout_s
         )
         result, lse = plan.with_lse(q, k, v, out=out)
-    finally:
-        if transport is not comm and transport.name == "mpi":
-            transport.close()  # type: ignore[attr-defined]
     return (result, lse) if return_lse else result
 
 
@@ -181,11 +178,8 @@ def unshard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: in
     if comm is None:
         return array
     transport = transport_of(comm)
-    try:
+    with _closing(transport, comm):
         parts = transport.allgather(array)
-    finally:
-        if transport is not comm and transport.name == "mpi":
-            transport.close()  # type: ignore[attr-defined]
     split = Partition(kind=partition, length=sum(part.shape[axis] for part in parts), world_size=transport.world_size)
     rows = [part.shape[axis] for part in parts]
     if rows != [split.count(rank) for rank in range(split.world_size)]:
@@ -212,6 +206,23 @@ def transport_of(comm: Any, timeout_s: float = 300.0) -> Transport:
     from ringsim.backends.mpi import MpiTransport
 
     return MpiTransport(comm, timeout_s=timeout_s)
+
+
+@contextmanager
+def _closing(transport: Transport, comm: Any) -> Iterator[None]:
+    """Free a duplicated communicator at the end, and after errors that all ranks raise: freeing is collective."""
+    try:
+        yield
+    except (RankMismatch, WorkloadError):
+        _close(transport, comm)
+        raise
+    _close(transport, comm)
+
+
+def _close(transport: Transport, comm: Any) -> None:
+    closer = getattr(transport, "close", None)
+    if transport is not comm and closer is not None:
+        closer()
 
 
 def _place(comm: Any) -> tuple[int, int]:

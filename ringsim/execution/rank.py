@@ -18,6 +18,10 @@ from .walker import Backend, Walker, drive
 Array = npt.NDArray[Any]
 
 
+_ABANDONED: list[Memory] = []
+"""Buffers of runs that failed: a transport may still write into what was posted, so they must outlive the plan."""
+
+
 class Rank:
     """Runs `schedule` as one rank of `transport`'s group."""
 
@@ -81,5 +85,9 @@ class Rank:
     def run(self, q: Array, k: Array, v: Array, out: Array) -> Array:
         """Run once, writing `out`; returns lse. Collective. Raises PeerTimeout, ArrayError."""
         walker = self.walker(q, k, v, out)
-        drive(walker, self.transport, timeout_s=self.timeout_s)
+        try:
+            drive(walker, self.transport, timeout_s=self.timeout_s)
+        except BaseException:
+            _ABANDONED.append(self.memory)
+            raise
         return self.finish(walker)

@@ -51,7 +51,7 @@ def _clip(span: Span, length: int) -> Span:
     return span if count == span.count else span.part(0, count)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def _tiles(job: Job, q_rank: int, kv_rank: int) -> tuple[Tile, ...]:
     work = job.workload
     tiles = []

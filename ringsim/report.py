@@ -80,7 +80,7 @@ def prediction(schedule: Schedule, timeline: Timeline, exposed_wall_s: float) ->
 
 def measurement(schedule: Schedule, runs: Sequence[Timeline]) -> RenderableType:
     """What `run` prints."""
-    table = _steps_table(("step", "latency", "[low .. high]", "compute", "exposed comm.", "late peer"))
+    table = _steps_table(("step", "latency", "low .. high", "compute", "exposed comm.", "late peer"))
     by_step = [run.steps() for run in runs]
     for index, first in enumerate(by_step[0]):
         column = [steps[index] for steps in by_step]
@@ -88,18 +88,18 @@ def measurement(schedule: Schedule, runs: Sequence[Timeline]) -> RenderableType:
         rest = [Measured.of([getattr(step, name) for step in column]).median_s for name in ("compute_s", "exposed_s", "late_s")]
         table.add_row(str(first.step), format_time(latency.median_s), _spread(latency), *map(format_time, rest))
     total = Measured.of([run.total_s for run in runs])
-    tail = f"\ntotal {format_time(total.median_s)} {_spread(total)}, median and range of {len(runs)} runs\n"
+    tail = f"\ntotal {format_time(total.median_s)} ({_spread(total)}), median and range of {len(runs)} runs\n"
     return Group(Text(f"measured\n{workload_line(schedule)}\n"), table, Text(tail + _rate_line(schedule, total.median_s)))
 
 
 def _spread(found: Measured) -> str:
-    return f"[{format_time(found.low_s)} .. {format_time(found.high_s)}]"
+    return f"{format_time(found.low_s)} .. {format_time(found.high_s)}"
 
 
 def comparison(schedule: Schedule, result: Comparison) -> RenderableType:
     """What `compare` prints."""
     table = _steps_table(
-        ("step", "predicted", "measured", "[low .. high]", "error", "compute p | m", "exposed p | m", "late p | m")
+        ("step", "predicted", "measured", "low .. high", "error", "compute p | m", "exposed p | m", "late p | m")
     )
     for step in result.steps:
         pairs = (
@@ -122,7 +122,7 @@ def comparison(schedule: Schedule, result: Comparison) -> RenderableType:
     for name in QUANTITIES:
         guess, found = result.quantity(name)
         error = f"  error {result.error:+.1%}" if name == "total_s" else ""
-        measured = f"measured {format_time(found.median_s):>10} {_spread(found)}"
+        measured = f"measured {format_time(found.median_s):>10} ({_spread(found)})"
         lines.append(f"{WORDS[name]:<22} predicted {format_time(guess):>10}   {measured}{error}")
     lines.append("steps and parts are means over ranks; measured values are medians, with the range of the runs")
     return Group(Text(head), table, Text("\n".join(lines)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from ringsim import Causal, Full, RingAttention, Schedule, Workload, inputs, rin
 from ringsim.backends.mpi import MpiTransport
 from ringsim.backends.numpy import NumpyBackend
 from ringsim.dtypes import numpy_dtype
+from ringsim.errors import RingsimError
 from ringsim.execution import Rank
 from ringsim.reference import dense_attention
 
@@ -235,17 +237,16 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 
 def kinds(_: MpiTransport) -> Iterator[Case]:
     """What an array may be, for the inputs and for out=."""
-    # every rank holds a token: NumPy cannot view an empty memoryview as 4-D
+    # these cannot hold such numbers
+    impossible = {("bfloat16", "array.array"), ("bfloat16", "memoryview"), ("bfloat16", "DLPack"), ("float16", "array.array")}
     for dtype, name in itertools.product(DTYPES, KINDS):
-        if not (dtype == "bfloat16" and name in ("array.array", "memoryview", "DLPack")) and (dtype, name) != (
-            "float16",
-            "array.array",
-        ):
+        if (dtype, name) not in impossible:
             problem = Problem(q_len=21, heads=2, head_dim=8, dtype=dtype, mask=Causal())
             yield f"{dtype} {name}", lambda p=problem, convert=KINDS[name]: converted(p, convert, "zigzag")
     for name in ("NumPy", "Fortran order", "strided view", "array.array", "memoryview", "DLPack"):
         yield f"out {name}", lambda convert=KINDS[name]: into(convert)
     yield "q, k and v one array", one_array
+    yield "out is k and v", out_over_input
 
 
 def converted(problem: Problem, convert: Callable[[Any], Any], partition: str) -> Fault:
@@ -273,6 +274,29 @@ def one_array() -> Fault:
     found = ring_attention(mine, mine, mine, comm=WORLD)
     error = np.max(np.abs(found - shard(dense_attention(work, whole, whole, whole)[0], comm=WORLD)), initial=0)
     return None if error <= LIMITS["float32"] else f"off by {error:.2e}"
+
+
+class Slow(NumpyBackend):
+    """Starts each attend late, so that what was sent to it lies with the sender meanwhile."""
+
+    def compute(self, op: Any, *arguments: Any, **options: Any) -> None:
+        time.sleep(0.1 if op.kernel == "attend" and WORLD.rank == WORLD.size - 1 else 0)
+        super().compute(op, *arguments, **options)
+
+
+def out_over_input() -> Fault:
+    """Right, or refused: peers must not receive the output in place of a block."""
+    problem = Problem(q_len=3001, head_dim=64)
+    problem.v = problem.k
+    problem.out, _ = dense_attention(problem.workload, problem.q, problem.k, problem.v)
+    arrays = [x.copy() for x in problem.shards("contiguous")]
+    plan = RingAttention(problem.workload, comm=WORLD, threads=1, timeout_s=TIMEOUT_S)
+    plan._rank.backend = Slow()
+    try:
+        out = plan(arrays[0], arrays[1], arrays[1], out=arrays[1])
+    except RingsimError:
+        return None
+    return problem.fault(out, None, "contiguous")
 
 
 GROUPS = (matrix, shapes, chunks, library, kinds)

@@ -73,7 +73,7 @@ class World:
         self._lock = threading.Condition()
         self._sends: dict[tuple[int, int, int], deque[_Half]] = defaultdict(deque)
         self._recvs: dict[tuple[int, int, int], deque[_Half]] = defaultdict(deque)
-        self._rounds: dict[int, dict[int, Any]] = defaultdict(dict)
+        self._rounds: dict[int, tuple[dict[int, Any], set[int]]] = defaultdict(lambda: ({}, set()))
 
     def endpoint(self, rank: int) -> Endpoint:
         """The transport of `rank`."""
@@ -109,13 +109,16 @@ class World:
     def gather(self, rank: int, round_: int, value: Any) -> list[Any]:
         """Collect one value from each rank's thread."""
         with self._lock:
-            values = self._rounds[round_]
+            values, readers = self._rounds[round_]
             values[rank] = value
             self._lock.notify_all()
             if not self._lock.wait_for(lambda: len(values) == self.world_size or self.failure is not None, self.timeout_s):
                 missing = sorted(set(range(self.world_size)) - set(values))
                 raise PeerTimeout(f"rank {rank}: allgather waited {self.timeout_s:g} s for rank(s) {missing}")
             self.raise_failure(rank)
+            readers.add(rank)
+            if len(readers) == self.world_size:
+                del self._rounds[round_]
             return [values[r] for r in range(self.world_size)]
 
     def raise_failure(self, rank: int) -> None:
@@ -132,6 +135,7 @@ class Endpoint:
     def __init__(self, world: World, rank: int) -> None:
         self.rank = rank
         self.world_size = world.world_size
+        self.failure: str | None = None
         self._world = world
         self._rounds = 0
 

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from ringsim.backends.cpu import available_cores, yield_core
-from ringsim.errors import MissingDependency, PeerTimeout, RankMismatch
+from ringsim.errors import CollectiveTimeout, MissingDependency, RankMismatch, TransportError
 from ringsim.transport import Bytes, Handle
+
+_ABANDONED: list[tuple[Any, tuple[Any, ...]]] = []
+"""Requests that did not complete, with their buffers: MPI may still write into these."""
 
 SPIN_ATTEMPTS = 50
 SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 50e-6, 500e-6
@@ -58,14 +61,17 @@ class MpiTransport:
     def __init__(self, comm: Any, *, timeout_s: float = 300.0) -> None:
         self._mpi = load()
         check_launcher(self._mpi.COMM_WORLD.Get_size())
-        self._comm = comm.Dup()
-        self.rank: int = self._comm.Get_rank()
-        self.world_size: int = self._comm.Get_size()
+        self.rank: int = comm.Get_rank()
+        self.world_size: int = comm.Get_size()
         self.timeout_s = timeout_s
+        self.failure: str | None = None
+        self._in_step = True
+        self.oversubscribed = False
+        self._comm, duplicated = comm.Idup()
+        self._finish(duplicated, "duplication of the communicator", ())
         self.library: str = self._mpi.Get_library_version().split("\n")[0].strip("\x00 ")
         self._requests: list[Any] = []
         self._handles: list[Handle] = []
-        self.oversubscribed = False
         self.hosts: list[str] = self.allgather(socket.gethostname())
         self.oversubscribed = self.hosts.count(self.hosts[self.rank]) > available_cores()
 
@@ -105,25 +111,42 @@ class MpiTransport:
 
     def allgather(self, value: Any) -> list[Any]:
         """Each rank's picklable value on every rank."""
+        self._check_in_step()
         mine = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
-        sizes = np.empty(self.world_size, dtype=np.int64)
-        self._finish(self._comm.Iallgather(np.array([mine.size], dtype=np.int64), sizes), "allgather of sizes")
+        size, sizes = np.array([mine.size], dtype=np.int64), np.empty(self.world_size, dtype=np.int64)
+        self._finish(self._comm.Iallgather(size, sizes), "allgather of sizes", (size, sizes))
         offsets = np.concatenate(([0], np.cumsum(sizes)))
         data = np.empty(int(offsets[-1]), dtype=np.uint8)
         target = [data, sizes.tolist(), offsets[:-1].tolist(), self._mpi.BYTE]
-        self._finish(self._comm.Iallgatherv([mine, self._mpi.BYTE], target), "allgather")
+        self._finish(self._comm.Iallgatherv([mine, self._mpi.BYTE], target), "allgather", (mine, data))
         return [pickle.loads(data[offsets[r] : offsets[r + 1]].tobytes()) for r in range(self.world_size)]
 
     def barrier(self) -> None:
         """MPI_Ibarrier, polled."""
-        self._finish(self._comm.Ibarrier(), "barrier")
+        self._check_in_step()
+        self._finish(self._comm.Ibarrier(), "barrier", ())
 
-    def _finish(self, request: Any, what: str) -> None:
+    def _check_in_step(self) -> None:
+        """After a collective that did not complete, the next would meet the peers' last."""
+        if not self._in_step:
+            raise TransportError(f"rank {self.rank}: an earlier collective failed ({self.failure}): make a new plan")
+
+    def _finish(self, request: Any, what: str, buffers: tuple[Any, ...]) -> None:
+        """Poll a collective to its end; what it reads and writes outlives it if that does not come."""
+        try:
+            self._poll_until_done(request, what)
+        except BaseException as error:
+            _ABANDONED.append((request, buffers))
+            self.failure, self._in_step = self.failure or str(error), False
+            raise
+
+    def _poll_until_done(self, request: Any, what: str) -> None:
         test: Callable[[], bool] = request.Test
         limit, attempt = time.perf_counter() + self.timeout_s, 0
         while not test():
             if time.perf_counter() > limit:
-                raise PeerTimeout(f"rank {self.rank}: {what} of {self.world_size} ranks not complete after {self.timeout_s:g} s")
+                message = f"rank {self.rank}: {what} of {self.world_size} ranks not complete after {self.timeout_s:g} s"
+                raise CollectiveTimeout(message)
             self.idle(attempt)
             attempt += 1
 

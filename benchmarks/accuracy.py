@@ -77,7 +77,8 @@ def line(row: dict) -> str:
 
 def table(rows: list[dict]) -> str:
     """The whole table in Markdown."""
-    head = "| ranks | workload | predicted ms | measured ms (median) | range | error | exposed p / m, ms |\n|---|---|---|---|---|---|---|"
+    names = ("ranks", "workload", "predicted ms", "measured ms (median)", "range", "error", "exposed p / m, ms")
+    head = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
     lines = [head, *map(line, rows)]
     for ranks in dict.fromkeys(row["ranks"] for row in rows):
         errors = [abs(row["error"]) for row in rows if row["ranks"] == ranks]

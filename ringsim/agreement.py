@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .arrays import as_array
+from .arrays import as_any_array, as_array
 from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
 from .mask import mask_named
 from .partition import Partition
@@ -38,7 +38,10 @@ class Shards:
     def fixed(self) -> dict[str, Any]:
         """What must be the same on every rank: all but the number of rows."""
         names = ("q", "k", "v")
-        parts = {name: f"{dtype}{(s[0], '...', *s[2:])}" for name, dtype, s in zip(names, self.dtypes, self.shapes, strict=True)}
+        parts = {
+            name: f"{dtype}({s[0]}, ..., {', '.join(map(str, s[2:]))})"
+            for name, dtype, s in zip(names, self.dtypes, self.shapes, strict=True)
+        }
         return parts | {name: getattr(self.options, name) for name in Options.__dataclass_fields__}
 
 
@@ -47,23 +50,39 @@ def raise_common(transport: Transport, complaint: str | None) -> None:
     _raise_if_any(transport.allgather(complaint))
 
 
-def same_schedule(transport: Transport, build: Callable[[], Schedule]) -> Schedule:
-    """Build the schedule and make sure that all ranks built the same one. Raises WorkloadError, RankMismatch on every rank."""
-    schedule: Schedule | None = None
+def same_settings(transport: Transport, settings: dict[str, Any]) -> None:
+    """Raise RankMismatch on every rank unless all have the same settings; collective."""
+    said = transport.allgather(settings)
+    _raise_if_any([_difference(found, said) for found in said])
+
+
+def same_plan(transport: Transport, build: Callable[[], tuple[Schedule, Any]], *, check: bool) -> tuple[Schedule, Any]:
+    """Build schedule and backend, and make sure that all ranks built the same schedule.
+
+    Raises the builder's own error where it fails, RankMismatch on the other ranks and where schedules differ.
+    """
+    plan: tuple[Schedule, Any] | None = None
     failure: RingsimError | None = None
     try:
-        schedule = build()
+        plan = build()
     except RingsimError as error:
         failure = error
-    said = transport.allgather((None if failure is None else str(failure), None if schedule is None else schedule.inputs()))
-    if schedule is None or failure is not None:
-        raise WorkloadError(str(failure)) from failure
+    inputs = {} if plan is None else _flat(plan[0].inputs()) | {"check": check}
+    said = transport.allgather((None if failure is None else str(failure), inputs))
+    if failure is not None:
+        raise failure
     _raise_if_any([message for message, _ in said])
-    for rank, (_, inputs) in enumerate(said):
-        for key, value in said[0][1].items():
-            if inputs[key] != value:
-                raise RankMismatch(f"rank {rank} has {key} = {inputs[key]}, rank 0 has {value}: all ranks must call alike")
-    return schedule
+    found = [entry for _, entry in said]
+    _raise_if_any([_difference(entry, found) for entry in found])
+    if plan is None:
+        raise WorkloadError("no plan was built")
+    return plan
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with one key each."""
+    workload = values.pop("workload")
+    return values | {f"workload {name}": value for name, value in workload.items()}
 
 
 def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options: Options) -> Workload:
@@ -71,13 +90,16 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
     mine, fault = None, None
     try:
         found = [as_array(name, value) for name, value in zip("qkv", arrays, strict=True)]
+        if options.softmax_scale is not None and not 0 < options.softmax_scale < float("inf"):
+            raise ArrayError(f"softmax_scale is {options.softmax_scale}; it must be positive and finite")
         mine = Shards(shapes=tuple(a.shape for a in found), dtypes=tuple(a.dtype.name for a in found), options=options)
     except ArrayError as error:
         fault = str(error)
     said = transport.allgather((mine, fault))
     _raise_if_any([message for _, message in said])
     shards: list[Shards] = [entry for entry, _ in said]
-    _raise_if_any([_difference(shard.fixed(), shards[0].fixed()) for shard in shards])
+    fixed = [shard.fixed() for shard in shards]
+    _raise_if_any([_difference(entry, fixed) for entry in fixed])
     _check_shapes(shards[0])
     q_len, kv_len, _ = (
         _length(name, [shard.shapes[i][1] for shard in shards], options.partition) for i, name in enumerate("qkv")
@@ -97,11 +119,13 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
     )
 
 
-def _difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    differing = [
-        f"{name} is {found[name]} where rank 0 has {expected[name]}" for name in expected if found[name] != expected[name]
-    ]
-    return ", ".join(differing) or None
+def _difference(found: dict[str, Any], all_found: list[dict[str, Any]]) -> str | None:
+    """How a rank's settings differ from what most ranks have."""
+    usual = max(all_found, key=all_found.count)
+    rank = all_found.index(usual)
+    names = dict.fromkeys([*usual, *found])
+    differing = [name for name in names if found.get(name) != usual.get(name)]
+    return ", ".join(f"{name} is {found.get(name)} where rank {rank} has {usual.get(name)}" for name in differing) or None
 
 
 def _check_shapes(shard: Shards) -> None:
@@ -124,6 +148,28 @@ def _length(name: str, rows: list[int], partition: str) -> int:
     if wrong:
         raise RankMismatch(f"rows of {name} are no {partition} partition of {split.length} tokens: {'; '.join(wrong)}")
     return split.length
+
+
+def common_parts(transport: Transport, x: Any, partition: str, axis: int) -> list[Any]:
+    """Every rank's shard, on every rank. Raises RankMismatch on every rank if they are not those of one array; collective."""
+    mine, fault = None, None
+    try:
+        mine = as_any_array("x", x)
+        if not -mine.ndim <= axis < mine.ndim:
+            raise ArrayError(f"x has {mine.ndim} dimensions; there is no axis {axis}")
+    except ArrayError as error:
+        fault = str(error)
+    said = transport.allgather((mine, fault))
+    _raise_if_any([message for _, message in said])
+    parts = [part for part, _ in said]
+    settings = [
+        {"partition": partition, "axis": axis, "dtype": part.dtype.name}
+        | {f"length of axis {index}": size for index, size in enumerate(part.shape) if index != axis % part.ndim}
+        for part in parts
+    ]
+    _raise_if_any([_difference(entry, settings) for entry in settings])
+    _length("x", [part.shape[axis] for part in parts], partition)
+    return parts
 
 
 def _raise_if_any(complaints: list[str | None]) -> None:

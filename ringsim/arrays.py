@@ -19,6 +19,8 @@ def as_array(name: str, value: Any) -> Array:
     array = _view(name, value)
     if array.ndim != 4:
         raise ArrayError(f"{name} has {array.ndim} dimensions {array.shape}; expected (batch, seq, heads, head_dim)")
+    if not array.dtype.isnative:
+        raise ArrayError(f"{name} has dtype {array.dtype.str}, not in this machine's byte order")
     if array.dtype.name not in ATTENTION:
         raise ArrayError(f"{name} has dtype {array.dtype.name}; allowed: {', '.join(ATTENTION)}")
     return array

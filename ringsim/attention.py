@@ -46,10 +46,14 @@ class RingAttention:
         check: bool = True,
     ) -> None:
         self._transport = transport_of(comm, timeout_s)
-        self.schedule = agreement.same_schedule(
-            self._transport, lambda: _schedule(workload, self._transport, partition, strategy, sync)
-        )
-        self._rank = Rank(self.schedule, self._transport, _backend(self._transport, threads), timeout_s=timeout_s)
+
+        def build() -> tuple[Schedule, Any]:
+            world_size = self._transport.world_size
+            schedule = Schedule(workload=workload, world_size=world_size, partition=partition, strategy=strategy, sync=sync)
+            return schedule, _backend(self._transport, threads)
+
+        self.schedule, backend = agreement.same_plan(self._transport, build, check=check)
+        self._rank = Rank(self.schedule, self._transport, backend, timeout_s=timeout_s)
         self._check = check
         self._clock = clock.offsets(self._transport)
 
@@ -88,6 +92,9 @@ class RingAttention:
         try:
             arrays = [as_array(name, value) for name, value in (("q", q), ("k", k), ("v", v))]
             arrays.append(np.empty(shape, dtype) if out is None else writable("out", out, shape, dtype))
+            for name, array in zip(("k", "v"), arrays[1:3], strict=True):
+                if np.may_share_memory(array, arrays[3]):
+                    raise ArrayError(f"out shares memory with {name}, which may still be on its way when out is written")
         except ArrayError as error:
             return str(error), []
         return self._rank.complaint(*arrays[:3]), arrays
@@ -169,25 +176,21 @@ def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int 
     return rows
 
 
-def unshard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int = 1) -> Array:
+def unshard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int = 1, timeout_s: float = 300.0) -> Array:
     """The global array whose shards the ranks hold, on every rank: the inverse of `shard`. Collective.
 
     Raises RankMismatch on every rank if the shards are not those of one array under `partition`.
     """
-    array = as_any_array("x", x)
     if comm is None:
-        return array
-    transport = transport_of(comm)
+        return as_any_array("x", x)
+    transport = transport_of(comm, timeout_s)
     with _closing(transport, comm):
-        parts = transport.allgather(array)
+        parts = agreement.common_parts(transport, x, partition, axis)
     split = Partition(kind=partition, length=sum(part.shape[axis] for part in parts), world_size=transport.world_size)
-    rows = [part.shape[axis] for part in parts]
-    if rows != [split.count(rank) for rank in range(split.world_size)]:
-        raise RankMismatch(f"ranks hold {rows} rows along axis {axis}; that is no {partition} partition of {split.length}")
-    shape = list(array.shape)
+    shape = list(parts[0].shape)
     shape[axis] = split.length
-    result = np.empty(shape, array.dtype)
-    index: list[Any] = [slice(None)] * array.ndim
+    result = np.empty(shape, parts[0].dtype)
+    index: list[Any] = [slice(None)] * result.ndim
     for rank, part in enumerate(parts):
         index[axis] = split.positions(rank)
         result[tuple(index)] = part
@@ -239,7 +242,3 @@ def _backend(transport: Transport, threads: int | None) -> Any:
         hosts = getattr(transport, "hosts", [""] * transport.world_size)
         threads = max(1, available_cores() // hosts.count(hosts[transport.rank]))
     return NumpyBackend(threads=threads)
-
-
-def _schedule(workload: Workload, transport: Transport, partition: str, strategy: str, sync: str) -> Schedule:
-    return Schedule(workload=workload, world_size=transport.world_size, partition=partition, strategy=strategy, sync=sync)

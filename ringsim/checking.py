@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import inputs
+from .dtypes import ITEMSIZE
 from .errors import WorkloadError
 from .reference import dense_rows
 from .schedule import Schedule
 from .transport import Transport
+from .workload import Workload
 
 LIMITS = {"float64": 1e-12, "float32": 2e-6}
 MOST_PAIRS = 2**27
@@ -44,6 +46,16 @@ class Check:
         return asdict(self) | {"passed": self.passed}
 
 
+def check_size(workload: Workload) -> None:
+    """Raise WorkloadError where K and V of the whole sequence outgrow 4 GiB."""
+    width = workload.kv_heads * (workload.head_dim + workload.v_head_dim)
+    nbytes = workload.batch * workload.kv_len * width * ITEMSIZE[workload.dtype]
+    if nbytes > MOST_NBYTES:
+        raise WorkloadError(
+            f"--check needs K and V of the whole sequence on each rank, {nbytes / 2**30:.1f} GiB; use a shorter one"
+        )
+
+
 def check(transport: Transport, schedule: Schedule, q: npt.NDArray[Any], out: npt.NDArray[Any], seed: int) -> Check:
     """Compare this rank's `out` with dense attention over the whole sequence; collective, the same result on every rank.
 
@@ -51,11 +63,7 @@ def check(transport: Transport, schedule: Schedule, q: npt.NDArray[Any], out: np
     times the rounding error of the dense result plus 2e-3. Raises WorkloadError where K and V outgrow 4 GiB.
     """
     work = schedule.workload
-    nbytes = work.batch * work.kv_len * work.kv_heads * (work.head_dim + work.v_head_dim) * out.dtype.itemsize
-    if nbytes > MOST_NBYTES:
-        raise WorkloadError(
-            f"--check needs K and V of the whole sequence on each rank, {nbytes / 2**30:.1f} GiB; use a shorter one"
-        )
+    check_size(work)
     positions = schedule.job.q_partition.positions(transport.rank)
     most = max(1, MOST_PAIRS // max(1, work.kv_len * work.heads * work.batch * schedule.world_size))
     rows = np.arange(len(positions))

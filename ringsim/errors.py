@@ -33,6 +33,10 @@ class PeerTimeout(TransportError):
     """A wait that outlasted its limit; names the rank, the op and the peer waited for."""
 
 
+class CollectiveTimeout(PeerTimeout):
+    """A collective of the control plane that outlasted its limit; which peer is missing only others can tell."""
+
+
 class PeerFailed(TransportError):
     """Another rank of an in-process world raised; its own error is the cause."""
 

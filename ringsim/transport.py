@@ -25,7 +25,13 @@ class Handle:
 
 
 class Transport(Protocol):
-    """One rank's end of a group. All calls come from one thread."""
+    """One rank's end of a group. All calls come from one thread.
+
+    `failure` says what ended an earlier run half-way, if anything did: messages of that run may still be on their way, so
+    no other run may follow on this transport.
+    """
+
+    failure: str | None
 
     @property
     def name(self) -> str:

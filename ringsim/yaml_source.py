@@ -41,8 +41,10 @@ def read(path: Path, error: type[RingsimError]) -> Document:
     """Parse the file. Raises `error` with file and line for anything that is not strict YAML."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise error(f"{path}: cannot be read: {problem}") from problem
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from problem
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: cannot be read: not UTF-8 at byte {problem.start}") from problem
     return parse(text, str(path), error)
 
 

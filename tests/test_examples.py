@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from .mpi_launch import OPEN_MPI, mpiexec
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ON_ONE_PROCESS = ("averaging_is_not_merging", "six_tokens")
 UNDER_MPI = {"library": 2}
 TIMEOUT_S = 120
-# Open MPI refuses root and more ranks than cores unless told; other MPIs ignore these
-OPEN_MPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
-
-
-def mpiexec() -> str:
-    """The launcher that came with this Python's MPI, else the one on the path."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    found = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if importlib.util.find_spec("mpi4py") is None or found is None:
-        pytest.skip("needs mpi4py and mpiexec: pip install 'ringsim[mpich]'")
-    return found
 
 
 def check_output(name: str, command: list[str], cwd: Path) -> None:

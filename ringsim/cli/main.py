@@ -29,6 +29,7 @@ def cli() -> None:
     """
 
 
+COMMUNICATING = ("run", "calibrate", "compare")
 for command in (simulate, run, calibrate, compare, schedule):
     cli.add_command(command)
 
@@ -36,4 +37,5 @@ for command in (simulate, run, calibrate, compare, schedule):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(end(lambda: cli.main(given, prog_name="ringsim", standalone_mode=False)))
+    communicates = bool(given) and given[0] in COMMUNICATING
+    sys.exit(end(lambda: cli.main(given, prog_name="ringsim", standalone_mode=False), communicates=communicates))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from .. import __version__, checking, files, inputs, report, topology
+from .. import __version__, agreement, checking, files, inputs, report, topology
 from ..attention import RingAttention
 from ..calibration import Kernel, to_yaml
 from ..calibration import calibrate as calibrate_machine
@@ -22,7 +22,7 @@ from ..simulation import simulate
 from ..timeline import Timeline
 from ..transport import Transport
 from .options import OUTPUT, RUNS, WORKLOAD, Plan, plan, with_options
-from .session import check_outputs, console, leader, on_leader, open_transport, progress, write_outputs
+from .session import check_outputs, console, on_leader, open_transport, progress, write_outputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,8 @@ def measure(
 ) -> Measurement:
     """Run `job` on `transport`; collective, the same result on every rank."""
     runs: list[Timeline] = []
+    if check:
+        checking.check_size(job.workload)
     attention = RingAttention(
         job.workload,
         comm=transport,
@@ -64,6 +66,11 @@ def measure(
         found = checking.check(transport, schedule, q, out, seed) if check else None
     described = facts(transport, threads)
     return Measurement(schedule=schedule, runs=tuple(with_facts(run, described) for run in runs), check=found)
+
+
+def agree(command: str, transport: Transport, **settings: Any) -> None:
+    """Raise RankMismatch on every rank unless all were started alike."""
+    agreement.same_settings(transport, {"command": command} | settings)
 
 
 def facts(transport: Transport, threads: int) -> dict[str, Any]:
@@ -110,8 +117,9 @@ def run(
 ) -> int:
     """Run the ring on this machine and measure each step."""
     job = plan(ctx)
-    check_outputs(json_path, trace_path)
     transport = open_transport(timeout)
+    agree("run", transport, repeats=repeats, warmup=warmup, seed=seed, check=check)
+    on_leader(transport, lambda: check_outputs(json_path, trace_path))
     done = measure(transport, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, threads=threads, check=check)
     out = console()
     out.print(report.measurement(done.schedule, done.runs))
@@ -148,9 +156,9 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
     from ringsim.backends.cpu import available_cores
     from ringsim.backends.numpy import NumpyBackend
 
-    if leader():
-        check_outputs(output)
     transport = open_transport(timeout)
+    agree("calibrate", transport, dtypes=dtypes, head_dims=head_dims)
+    on_leader(transport, lambda: check_outputs(output))
     kernels = [Kernel(dtype=canonical(dtype), head_dim=dim) for dtype in dtypes for dim in sorted(set(head_dims))]
 
     def backend(blocking: Blocking | None) -> NumpyBackend:
@@ -194,8 +202,9 @@ def compare(
 ) -> int:
     """Run the ring, predict the same schedule, and show both step by step with the error of each."""
     job = plan(ctx)
-    check_outputs(json_path, trace_path)
     transport = open_transport(timeout)
+    agree("compare", transport, repeats=repeats, warmup=warmup, seed=seed, check=check)
+    on_leader(transport, lambda: check_outputs(json_path, trace_path))
     machine = on_leader(transport, lambda: topology.load(topology_name))
     predicted = on_leader(transport, lambda: simulate(job.schedule(transport.world_size), machine))
     done = measure(transport, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, threads=1, check=check)

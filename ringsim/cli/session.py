@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import files
-from ..errors import PeerTimeout, RingsimError
+from ..errors import CollectiveTimeout, PeerTimeout, RingsimError
 from ..timeline import Timeline
 from ..trace import trace_events
 from ..transport import Transport
@@ -24,6 +24,7 @@ from ..transport import Transport
 Value = TypeVar("Value")
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 GATHER_S = 2.0
+YIELD_WORD_S = 1.0
 
 
 def launched_rank() -> int | None:
@@ -96,30 +97,37 @@ def check_outputs(*paths: Path | None) -> None:
             files.check_writable(path)
 
 
-def end(run: Callable[[], Any]) -> int:
-    """Run a command; returns the exit code. Whatever ends one rank ends the job, with the rank and the cause named."""
+def end(run: Callable[[], Any], *, communicates: bool = False) -> int:
+    """Run a command; returns the exit code. Whatever ends one rank ends the job, with the rank and the cause named.
+
+    `communicates` says whether the other ranks of the job may be waiting for this one inside MPI.
+    """
     try:
         code = run()
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as request:
         return request.exit_code
-    except click.ClickException as error:
-        _say(f"ringsim: {error.format_message()}")
-        return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("ringsim: interrupted")
+        _say(f"ringsim: rank {launched_rank() or 0}: interrupted", always=True)
         return _abort(130)
-    except RingsimError as error:
-        return _end_together(f"ringsim: {error}", local=isinstance(error, PeerTimeout))
+    except PeerTimeout as error:
+        if isinstance(error, CollectiveTimeout):
+            # a rank that knows the peer and the op may be about to say so
+            time.sleep(YIELD_WORD_S)
+        _say(f"ringsim: {error}", always=True)
+        return _abort(2)
+    except (RingsimError, click.ClickException) as error:
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        return _end_together(f"ringsim: {text}", communicates=communicates)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
         trace = "".join(traceback.format_exception(error))
         _say(f"ringsim: rank {launched_rank() or 0} failed: {error!r}\n{trace}", always=True)
         return _abort(1)
 
 
-def _end_together(message: str, *, local: bool) -> int:
+def _end_together(message: str, *, communicates: bool) -> int:
     """An error that all ranks raised is said once and ends the job in order; one that only some raised aborts it."""
-    if local or not _everyone_is_here():
+    if communicates and not _everyone_is_here():
         _say(message, always=True)
         return _abort(2)
     _say(message)
@@ -127,8 +135,15 @@ def _end_together(message: str, *, local: bool) -> int:
 
 
 def _everyone_is_here() -> bool:
-    mpi = _initialised_mpi()
-    if mpi is None or mpi.COMM_WORLD.Get_size() == 1:
+    """Whether all ranks come to the same end within a short time."""
+    from ringsim.backends.mpi import launcher_world_size, load
+
+    if launcher_world_size() == 1:
+        return True
+    try:
+        # those that went on are inside MPI_Init or past it: only from within MPI can they be told
+        mpi = load()
+    except RingsimError:
         return True
     arrived, limit = mpi.COMM_WORLD.Ibarrier(), time.monotonic() + GATHER_S
     while not arrived.Test():

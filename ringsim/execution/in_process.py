@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import numpy_dtype
+from ..errors import ArrayError
 from ..schedule import Schedule
 from ..timeline import Timeline, gather
 from .rank import Rank
@@ -35,6 +36,7 @@ def execute(schedule: Schedule, q: Array, k: Array, v: Array, *, backend: Backen
     from ringsim.backends.loopback import World, spawn
     from ringsim.backends.numpy import NumpyBackend
 
+    _check(schedule, q=q, k=k, v=v)
     shards = [_shards(schedule, rank, q, k, v) for rank in range(schedule.world_size)]
     outs = [np.empty((*shard[0].shape[:3], v.shape[3]), q.dtype) for shard in shards]
     if link is None:
@@ -55,6 +57,19 @@ def execute(schedule: Schedule, q: Array, k: Array, v: Array, *, backend: Backen
         ranks, lses = map(list, zip(*spawn(schedule.world_size, run, link=link), strict=True))
     timeline = gather([rank.timeline for rank in ranks if rank.timeline is not None])
     return _assemble(schedule, outs, lses, timeline)
+
+
+def _check(schedule: Schedule, **arrays: Array) -> None:
+    work = schedule.workload
+    shapes = {
+        "q": (work.batch, work.q_len, work.heads, work.head_dim),
+        "k": (work.batch, work.kv_len, work.kv_heads, work.head_dim),
+        "v": (work.batch, work.kv_len, work.kv_heads, work.v_head_dim),
+    }
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape or arrays[name].dtype != numpy_dtype(work.dtype):
+            found = f"{arrays[name].dtype.name}{arrays[name].shape}"
+            raise ArrayError(f"{name} is {found}; the schedule is for {work.dtype}{shape}")
 
 
 def _shards(schedule: Schedule, rank: int, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:

@@ -49,7 +49,9 @@ class Rank:
         }
 
     def complaint(self, q: Array, k: Array, v: Array) -> str | None:
-        """What is wrong with the local shards, or None."""
+        """What is wrong with the local shards, or with the transport, or None."""
+        if self.transport.failure is not None:
+            return f"an earlier run on this transport failed ({self.transport.failure}): make a new plan"
         dtype = numpy_dtype(self.schedule.workload.dtype)
         for (name, shape), array in zip(self.shapes().items(), (q, k, v), strict=False):
             if array.shape != shape or array.dtype != dtype:
@@ -87,7 +89,8 @@ class Rank:
         walker = self.walker(q, k, v, out)
         try:
             drive(walker, self.transport, timeout_s=self.timeout_s)
-        except BaseException:
+        except BaseException as error:
             _ABANDONED.append(self.memory)
+            self.transport.failure = self.transport.failure or f"{type(error).__name__}: {error}"
             raise
         return self.finish(walker)

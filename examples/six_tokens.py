@@ -12,8 +12,7 @@ import numpy as np
 import ringsim
 from ringsim.backends.loopback import World
 from ringsim.backends.numpy import NumpyBackend
-from ringsim.execution import Rank
-from ringsim.execution.walker import drive_all
+from ringsim.execution import Rank, drive_all
 from ringsim.reference import dense_attention
 
 WORLD_SIZE = 3

@@ -67,7 +67,7 @@ def _from_torch(name: str, tensor: Any, torch: Any) -> Array:
 
 
 def writable(name: str, value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An output argument as an array to write into. Raises ArrayError if shape, dtype or layout do not fit."""
+    """An output argument as an array to write into. Raises ArrayError if shape or dtype do not fit or it is read-only."""
     array = _view(name, value)
     if array.shape != shape or array.dtype != dtype:
         raise ArrayError(f"{name} is {array.dtype.name}{array.shape}; expected {dtype.name}{shape}")

@@ -2,5 +2,6 @@
 
 from .in_process import Result, execute
 from .rank import Rank
+from .walker import Backend, Walker, drive, drive_all
 
-__all__ = ["Rank", "Result", "execute"]
+__all__ = ["Backend", "Rank", "Result", "Walker", "drive", "drive_all", "execute"]

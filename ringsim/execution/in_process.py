@@ -31,12 +31,14 @@ def execute(schedule: Schedule, q: Array, k: Array, v: Array, *, backend: Backen
     """Run every rank of `schedule` here on global arrays, over the loopback transport.
 
     Shapes as in Workload. Without a `link` one thread drives all ranks in a fixed order; with a
-    `ringsim.backends.loopback.PacedLink` each rank has a thread. Raises ArrayError, PeerTimeout.
+    `ringsim.backends.loopback.PacedLink` each rank has a thread and a NumpyBackend of its own. Raises ArrayError, PeerTimeout.
     """
     from ringsim.backends.loopback import World, spawn
     from ringsim.backends.numpy import NumpyBackend
 
     _check(schedule, q=q, k=k, v=v)
+    if backend is not None and link is not None:
+        raise ArrayError("a backend serves one thread: with a link, which gives each rank a thread, leave `backend` out")
     shards = [_shards(schedule, rank, q, k, v) for rank in range(schedule.world_size)]
     outs = [np.empty((*shard[0].shape[:3], v.shape[3]), q.dtype) for shard in shards]
     if link is None:

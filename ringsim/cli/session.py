@@ -131,6 +131,9 @@ def _end_together(message: str, *, communicates: bool) -> int:
         _say(message, always=True)
         return _abort(2)
     _say(message)
+    if not leader():
+        # some launchers end the job with the first rank that fails: let rank 0 speak
+        time.sleep(YIELD_WORD_S)
     return 2
 
 
@@ -145,11 +148,16 @@ def _everyone_is_here() -> bool:
         mpi = load()
     except RingsimError:
         return True
-    arrived, limit = mpi.COMM_WORLD.Ibarrier(), time.monotonic() + GATHER_S
-    while not arrived.Test():
-        if time.monotonic() > limit:
-            return False
-        time.sleep(1e-3)
+    limit = time.monotonic() + GATHER_S
+    try:
+        arrived = mpi.COMM_WORLD.Ibarrier()
+        while not arrived.Test():
+            if time.monotonic() > limit:
+                return False
+            time.sleep(1e-3)
+    except mpi.Exception:
+        # the barrier met another collective: somebody went on
+        return False
     return True
 
 

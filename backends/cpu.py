@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,19 +48,44 @@ def _controller() -> Any:
     return threadpoolctl.ThreadpoolController()
 
 
+class _BlasThreads:
+    """BLAS threads are one setting for the whole process: the first to enter sets it, the last to leave restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[tuple[Any, int]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                libraries = [library for library in _controller().lib_controllers if library.user_api == "blas"]
+                self._before = [(library, library.get_num_threads()) for library in libraries]
+                for library, count in self._before:
+                    if count != 1:
+                        library.set_num_threads(1)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for library, count in self._before:
+                    if count != 1:
+                        library.set_num_threads(count)
+
+
+_BLAS = _BlasThreads()
+
+
 @contextmanager
-def blas_threads(count: int) -> Iterator[None]:
-    """Let BLAS use `count` threads inside the block; the caller's setting comes back after it."""
-    libraries = [library for library in _controller().lib_controllers if library.user_api == "blas"]
-    before = [library.get_num_threads() for library in libraries]
-    changed = [(library, old) for library, old in zip(libraries, before, strict=True) if old != count]
-    for library, _ in changed:
-        library.set_num_threads(count)
+def one_blas_thread() -> Iterator[None]:
+    """Let BLAS use one thread inside the block; the caller's setting comes back when no rank is inside any more."""
+    _BLAS.enter()
     try:
         yield
     finally:
-        for library, old in changed:
-            library.set_num_threads(old)
+        _BLAS.leave()
 
 
 def describe() -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections import defaultdict, deque
@@ -57,6 +58,7 @@ class PacedLink:
         """Stop the wires."""
         for wire in self._wires.values():
             wire.put(None)
+        self._wires.clear()
 
 
 class World:
@@ -136,6 +138,8 @@ class Endpoint:
         self.rank = rank
         self.world_size = world.world_size
         self.failure: str | None = None
+        self.library = "none"
+        self.hosts = [socket.gethostname()] * world.world_size
         self._world = world
         self._rounds = 0
 
@@ -163,6 +167,9 @@ class Endpoint:
     def barrier(self) -> None:
         """Wait for every rank's thread."""
         self.allgather(None)
+
+    def close(self) -> None:
+        """Nothing to free."""
 
 
 def spawn(

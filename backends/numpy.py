@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ringsim.backends.cpu import Cache, blas_threads, detect_cache
+from ringsim.backends.cpu import Cache, detect_cache, one_blas_thread
 from ringsim.errors import ArrayError
 from ringsim.lowering import Blocking, Panel
 from ringsim.schedule.ops import Compute, Region
@@ -148,7 +148,7 @@ class NumpyBackend:
 
     def compute(self, op: Compute, fetch: Fetch, *, scale: float, poll: Poll) -> None:
         """Run one Compute op on the arrays that `fetch` returns for its regions; calls `poll` between micro-tiles."""
-        with np.errstate(all="ignore"), blas_threads(1):
+        with np.errstate(all="ignore"), one_blas_thread():
             self._kernels[op.kernel](op, fetch, scale, poll)
 
     def _reset(self, op: Compute, fetch: Fetch, scale: float, poll: Poll) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .arrays import as_any_array, as_array
+from .arrays import Array, as_any_array, as_array
 from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
 from .mask import mask_named
 from .partition import Partition
 from .schedule import Schedule
 from .transport import Transport
-from .workload import DERIVED, Workload
+from .workload import DERIVED, Workload, check_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +90,10 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
     mine, fault = None, None
     try:
         found = [as_array(name, value) for name, value in zip("qkv", arrays, strict=True)]
-        if options.softmax_scale is not None and not 0 < options.softmax_scale < float("inf"):
-            raise ArrayError(f"softmax_scale is {options.softmax_scale}; it must be positive and finite")
+        if options.softmax_scale is not None:
+            check_scale(options.softmax_scale, found[0].dtype.name)
         mine = Shards(shapes=tuple(a.shape for a in found), dtypes=tuple(a.dtype.name for a in found), options=options)
-    except ArrayError as error:
+    except (ArrayError, WorkloadError) as error:
         fault = str(error)
     said = transport.allgather((mine, fault))
     _raise_if_any([message for _, message in said])
@@ -150,13 +150,19 @@ def _length(name: str, rows: list[int], partition: str) -> int:
     return split.length
 
 
+def with_axis(x: Any, axis: int) -> Array:
+    """`x` as an array that has this axis. Raises ArrayError."""
+    array = as_any_array("x", x)
+    if not -array.ndim <= axis < array.ndim:
+        raise ArrayError(f"x has {array.ndim} dimensions; there is no axis {axis}")
+    return array
+
+
 def common_parts(transport: Transport, x: Any, partition: str, axis: int) -> list[Any]:
     """Every rank's shard, on every rank. Raises RankMismatch on every rank if they are not those of one array; collective."""
     mine, fault = None, None
     try:
-        mine = as_any_array("x", x)
-        if not -mine.ndim <= axis < mine.ndim:
-            raise ArrayError(f"x has {mine.ndim} dimensions; there is no axis {axis}")
+        mine = with_axis(x, axis)
     except ArrayError as error:
         fault = str(error)
     said = transport.allgather((mine, fault))

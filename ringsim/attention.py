@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import agreement
-from .arrays import as_any_array, as_array, writable
+from .arrays import as_array, writable
 from .dtypes import numpy_dtype
-from .errors import ArrayError, RankMismatch, WorkloadError
+from .errors import ArrayError, RankMismatch, RingsimError, TransportError, WorkloadError
 from .execution import Rank, clock
 from .partition import Partition
 from .schedule import Schedule
@@ -161,7 +161,7 @@ def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int 
 
     A view where the rows are evenly spaced (contiguous, striped), else a copy. No communication.
     """
-    array = as_any_array("x", x)
+    array = agreement.with_axis(x, axis)
     rank, world_size = _place(comm)
     spans = Partition(kind=partition, length=array.shape[axis], world_size=world_size).spans(rank)
     index: list[Any] = [slice(None)] * array.ndim
@@ -182,7 +182,9 @@ def unshard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: in
     Raises RankMismatch on every rank if the shards are not those of one array under `partition`.
     """
     if comm is None:
-        return as_any_array("x", x)
+        array = agreement.with_axis(x, axis)
+        Partition(kind=partition, length=array.shape[axis], world_size=1)
+        return array
     transport = transport_of(comm, timeout_s)
     with _closing(transport, comm):
         parts = agreement.common_parts(transport, x, partition, axis)
@@ -216,16 +218,16 @@ def _closing(transport: Transport, comm: Any) -> Iterator[None]:
     """Free a duplicated communicator at the end, and after errors that all ranks raise: freeing is collective."""
     try:
         yield
-    except (RankMismatch, WorkloadError):
-        _close(transport, comm)
+    except RingsimError as error:
+        if isinstance(error, RankMismatch) or not isinstance(error, TransportError):
+            _close(transport, comm)
         raise
     _close(transport, comm)
 
 
 def _close(transport: Transport, comm: Any) -> None:
-    closer = getattr(transport, "close", None)
-    if transport is not comm and closer is not None:
-        closer()
+    if transport is not comm:
+        transport.close()
 
 
 def _place(comm: Any) -> tuple[int, int]:
@@ -239,6 +241,5 @@ def _backend(transport: Transport, threads: int | None) -> Any:
     from ringsim.backends.numpy import NumpyBackend
 
     if threads is None:
-        hosts = getattr(transport, "hosts", [""] * transport.world_size)
-        threads = max(1, available_cores() // hosts.count(hosts[transport.rank]))
+        threads = max(1, available_cores() // transport.hosts.count(transport.hosts[transport.rank]))
     return NumpyBackend(threads=threads)

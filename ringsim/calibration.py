@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -30,6 +31,7 @@ HOP_NBYTES = (2**12, 2**15, 2**17, 2**18, 2**19, 2**20, 2**21, 2**22, 2**23, 2**
 HOP_SAMPLES = 12
 COLD_NBYTES = 2**26
 STRIP = 5
+TRIES = 5
 HEADS = 2
 LAYOUT_HEADS = 8
 COLD_ROWS, COLD_HEADS = 128, 64
@@ -84,9 +86,9 @@ class _Bench:
             "max": (1, heads, q_rows),
             "sum": (1, heads, q_rows),
         }
-        partial = accumulator(kernel.dtype)
+        dtype = accumulator(kernel.dtype)
         arrays = {
-            name: rng.standard_normal(shape).astype(numpy_dtype(kernel.dtype if name in "qkv" else partial))
+            name: rng.standard_normal(shape).astype(numpy_dtype(kernel.dtype if name in "qkv" else dtype))
             for name, shape in shapes.items()
         }
         arrays["max"].fill(-np.inf)
@@ -138,7 +140,10 @@ def measure_kernel(kernel: Kernel, make_backend: Callable[[Blocking | None], Any
     per_pair_s = {}
     for kind, shapes in micro_shapes(blocking).items():
         for rows, columns in shapes:
-            per_pair_s[kind, rows * columns] = _slope(kernel, make_backend, pass_rate, rows, columns, masked=kind == "masked")
+            per_pair_s[kind, rows * columns] = _steady(
+                partial(_slope, kernel, make_backend, pass_rate, rows, columns, masked=kind == "masked"),
+                f"{kernel.dtype} head_dim {kernel.head_dim}, {kind} micro-tile {rows} x {columns}",
+            )
     one = cpu_time_s(_Bench.attend(kernel, backend, 1, 1, heads=1).run)
     eight = cpu_time_s(_Bench.attend(kernel, backend, 1, 1, heads=LAYOUT_HEADS).run)
     each = (eight - one) / (LAYOUT_HEADS - 1)
@@ -154,6 +159,20 @@ def measure_kernel(kernel: Kernel, make_backend: Callable[[Blocking | None], Any
     }
 
 
+class _Noise(Exception):
+    """A longer row took no longer than a short one."""
+
+
+def _steady(measure: Callable[[], float], what: str) -> float:
+    """A measurement that noise may spoil, tried a few times. Raises CalibrationError."""
+    for _ in range(TRIES):
+        try:
+            return measure()
+        except _Noise:
+            continue
+    raise CalibrationError(f"{what}: no time that grows with the work in {TRIES} tries; calibrate again on a quieter machine")
+
+
 def _slope(
     kernel: Kernel, make_backend: Callable[[Blocking | None], Any], pass_rate: float, rows: int, columns: int, *, masked: bool
 ) -> float:
@@ -163,9 +182,11 @@ def _slope(
         cpu_time_s(_Bench.attend(kernel, cut, rows, strip * columns, heads=HEADS, masked=masked).run) for strip in (1, STRIP)
     )
     added = HEADS * (STRIP - 1)
-    partial = accumulator(kernel.dtype)
-    passed_s = added * 2 * columns * kernel.head_dim * ITEMSIZE[partial] / pass_rate
-    return max(long - short - passed_s, 1e-9) / (added * rows * columns)
+    itemsize = ITEMSIZE[accumulator(kernel.dtype)]
+    passed_s = added * 2 * columns * kernel.head_dim * itemsize / pass_rate
+    if long - short <= passed_s:
+        raise _Noise
+    return (long - short - passed_s) / (added * rows * columns)
 
 
 def _pass_rate(kernel: Kernel, backend: Any) -> float:
@@ -183,9 +204,9 @@ def _pass_rate(kernel: Kernel, backend: Any) -> float:
 
 def measure_memory(kernel: Kernel, backend: Any, rows: int = 1024) -> float:
     """Bytes per second, read and written, of the `finish` kernel into a fresh output."""
-    partial, shape = accumulator(kernel.dtype), (1, LAYOUT_HEADS, rows)
-    arrays = {"acc": np.ones((*shape, kernel.head_dim), partial), "max": np.ones(shape, partial), "sum": np.ones(shape, partial)}
-    arrays["lse"] = np.empty(shape, partial)
+    dtype, shape = accumulator(kernel.dtype), (1, LAYOUT_HEADS, rows)
+    arrays = {"acc": np.ones((*shape, kernel.head_dim), dtype), "max": np.ones(shape, dtype), "sum": np.ones(shape, dtype)}
+    arrays["lse"] = np.empty(shape, dtype)
     outputs = {"out": np.empty((1, rows, LAYOUT_HEADS, kernel.head_dim), numpy_dtype(kernel.dtype))}
     regions = {n: Region(buffer=n, slot=0, shape=a.shape, dtype=a.dtype.name, value=n) for n, a in (arrays | outputs).items()}
     reads, writes = tuple(regions[n] for n in ("acc", "max", "sum")), tuple(regions[n] for n in ("out", "lse"))
@@ -233,8 +254,8 @@ def measure_look(transport: Transport, delay_s: float = 3e-3) -> float:
     """Seconds from a small message's post to its arrival at a rank that has waited for it a while: median over ranks."""
     world_size, rank = transport.world_size, transport.rank
     source, target = np.ones(8, np.uint8), np.zeros(8, np.uint8)
-    lags: list[float] = [0.0] if world_size == 1 else []
-    for turn in range(2 * min(world_size, 8) if world_size > 1 else 0):
+    lags: list[float] = []
+    for turn in range(2 * min(world_size, 8)):
         transport.barrier()
         sender = turn % world_size
         posted = done = 0.0
@@ -279,6 +300,8 @@ def calibrate(
 
     `cores` are those that the ranks share; `facts` go into the notes. Raises CalibrationError on several hosts.
     """
+    if transport.world_size == 1:
+        raise CalibrationError("a hop needs two ranks: start with mpiexec -n P, P as in the runs to be predicted")
     hosts = transport.allgather(socket.gethostname())
     if len(set(hosts)) > 1:
         raise CalibrationError(
@@ -321,6 +344,10 @@ def _rate(value: float, unit: str, scale: float) -> str:
     return f"{value / scale:.4g} {unit}"
 
 
+def _point(rates: dict[tuple[str, int], float], best: float, kind: str, pairs: int) -> list[float]:
+    return [pairs, float(f"{rates[kind, pairs] / best:.4g}")]
+
+
 def _table(kernel: Kernel, measured: list[dict[str, Any]], blocking: Blocking) -> dict[str, Any]:
     """One kernel's figures, medians over ranks; the rate is that of the best micro-tile, so that efficiencies end at 1."""
     flops_per_pair = 4 * kernel.head_dim
@@ -328,7 +355,9 @@ def _table(kernel: Kernel, measured: list[dict[str, Any]], blocking: Blocking) -
     rates = {key: flops_per_pair / median(one["per_pair_s"][key] for one in measured) for key in keys}
     best = max(rates.values())
     passes = [one["pass_bytes_per_s"] for one in measured]
-    points = {kind: [[pairs, round(rates[k, pairs] / best, 5)] for k, pairs in keys if k == kind] for kind in ("full", "masked")}
+    points = {
+        kind: [[pairs, float(f"{rates[k, pairs] / best:.4g}")] for k, pairs in keys if k == kind] for kind in ("full", "masked")
+    }
     return {
         "dtype": kernel.dtype,
         "head_dim": kernel.head_dim,

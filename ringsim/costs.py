@@ -52,7 +52,8 @@ class Costs:
         if op.kernel == "attend":
             return self._price(op.tiles)
         overhead = sum(weight * table.overhead for weight, table in self.tables)
-        return Cost(overhead + op.nbytes / self.topology.devices.memory_bandwidth, self.workload.batch * self.workload.heads)
+        pieces = max(self.workload.batch * self.workload.heads, 1)
+        return Cost(overhead + op.nbytes / self.topology.devices.memory_bandwidth, pieces)
 
     def _attend(self, tiles: tuple[Tile, ...]) -> Cost:
         pieces = sum(micro.count * _copies(tile) for tile in tiles for micro in self.blocking.micro_tiles(tile))

@@ -89,9 +89,9 @@ class Blocking:
             full_from, full_to = self._whole(max(keys.start, int(low[bottom - 1])), min(keys.stop, int(high[top])))
             if full_from >= full_to:
                 full_from = full_to = seen_to
-            for k_begin, k_end, masked in ((seen_from, full_from, True), (full_from, full_to, False), (full_to, seen_to, True)):
+            for k_begin, k_end in ((seen_from, full_from), (full_from, full_to), (full_to, seen_to)):
                 if k_end > k_begin:
-                    yield Panel(top, bottom, k_begin, k_end, masked)
+                    yield Panel(top, bottom, k_begin, k_end, bool(low[bottom - 1] > k_begin or high[top] < k_end))
 
     def micro_tiles(self, tile: Tile) -> tuple[MicroTiles, ...]:
         """What one (sequence, query head) of the tile is cut into, alike pieces together."""

@@ -32,6 +32,10 @@ class Transport(Protocol):
     """
 
     failure: str | None
+    library: str
+    """The library that moves messages."""
+    hosts: list[str]
+    """Each rank's host."""
 
     @property
     def name(self) -> str:
@@ -59,6 +63,9 @@ class Transport(Protocol):
 
     def allgather(self, value: Any) -> list[Any]:
         """Each rank's `value`, on every rank; for control, not for data. Raises PeerTimeout."""
+
+    def close(self) -> None:
+        """Give back what the transport holds; collective."""
 
     def barrier(self) -> None:
         """Return when every rank has come. Raises PeerTimeout."""

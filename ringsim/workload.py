@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from .dtypes import canonical
+import numpy as np
+
+from .dtypes import accumulator, canonical
 from .errors import WorkloadError
 from .mask import Full, Mask, mask_named
+from .units import shown
 
 PASSES: Final = ("forward", "backward", "both")
+MOST: Final = 2**40
+"""Of any count: beyond it float seconds lose the ops they are made of."""
 DERIVED: Final[Any] = None
 """Default of a field that follows from others."""
 
@@ -48,6 +54,8 @@ class Workload:
         for name in ("q_len", "kv_len", "batch", "heads", "kv_heads", "head_dim", "v_head_dim", "q_offset", "kv_offset"):
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
         if self.lengths is not None:
+            if not isinstance(self.lengths, Iterable):
+                raise WorkloadError(f"lengths is {self.lengths!r}; give one count per sequence")
             object.__setattr__(self, "lengths", tuple(_whole("lengths", length) for length in self.lengths))
         object.__setattr__(self, "dtype", canonical(self.dtype))
         object.__setattr__(self, "wire_dtype", canonical(self.wire_dtype))
@@ -74,8 +82,9 @@ class Workload:
                 raise WorkloadError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.heads % self.kv_heads:
             raise WorkloadError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        if not 0 < self.softmax_scale < float("inf"):
-            raise WorkloadError(f"softmax_scale is {self.softmax_scale}; it must be positive and finite")
+        check_scale(self.softmax_scale, self.dtype)
+        if not hasattr(self.mask, "pieces"):
+            raise WorkloadError(f"mask is {self.mask!r}; give a mask such as ringsim.Causal()")
         if self.pass_ not in PASSES:
             raise WorkloadError(f"unknown pass {self.pass_!r}; allowed: {', '.join(PASSES)}")
         if self.lengths is not None:
@@ -117,8 +126,18 @@ class Workload:
             raise WorkloadError(f"not the values of a workload: {error}") from None
 
 
+def check_scale(scale: Any, dtype: str) -> None:
+    """Raise WorkloadError unless `scale` is a number that the partials of `dtype` can hold."""
+    range_ = np.finfo(accumulator(dtype))
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.floating) or not range_.tiny <= scale <= range_.max:
+        raise WorkloadError(f"softmax_scale is {scale!r}; it must be positive, finite and in the range of {accumulator(dtype)}")
+
+
 def _whole(name: str, value: Any) -> int:
     try:
-        return operator.index(value)
+        count = operator.index(value)
     except TypeError:
         raise WorkloadError(f"{name} is {value!r}; it must be a whole number") from None
+    if abs(count) > MOST:
+        raise WorkloadError(f"{name} is {shown(count)}; at most {MOST} is allowed")
+    return count

@@ -6,7 +6,6 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from ringsim import topology
 from ringsim.cli import session
 from ringsim.cli.main import cli, main
 from ringsim.errors import TopologyError
@@ -99,7 +98,8 @@ def test_a_fault_in_a_workload_file_is_one_message(capsys, tmp_path, text, messa
     [
         (["simulate", "ideel", "--seq", "8"], "no topology 'ideel': give a .yaml file or one of"),
         (["simulate", "nowhere.yaml", "--seq", "8"], "nowhere.yaml: cannot be read"),
-        (["simulate", "ideal", "--seq", "8"], "names no number of ranks: give --ranks"),
+        (["calibrate", "-o", "here.yaml"], "a hop needs two ranks: start with mpiexec -n P"),
+        ([*IDEAL, "--seq", "8", "--batch", "9" * 20], "at most 1099511627776 is allowed"),
         ([*IDEAL, "--ranks", "2"], "how long is the sequence"),
         ([*IDEAL, "--ranks", "0", "--seq", "8"], "0 is not in the range x>=1"),
         ([*IDEAL, "--ranks", "2", "--seq", "8k"], "'8k' is no count of tokens: write e.g. 6, 8K (= 8192)"),
@@ -150,17 +150,31 @@ def test_a_wrong_result_ends_with_code_1(capsys, monkeypatch):
     assert "check: WRONG" in text
 
 
-def test_calibrate_then_compare_on_one_rank(capsys, tmp_path):
+MINE = """
+ringsim: 1
+name: mine
+source: made up
+devices:
+  kind: cpu
+  cores: 1
+  memory_bandwidth: 10 GB/s
+  attention:
+    - dtype: float32
+      head_dim: 16
+      rate: 50 GFLOP/s
+      overhead: 20 us
+      micro_tile: {q_rows: 512, k_rows: 512, edge_rows: 128}
+      full: [[1, 0.001], [262144, 1.0]]
+      masked: [[2, 0.001], [65536, 1.0]]
+path: {latency: 1 us, bandwidth: 10 GB/s, progress: polling}
+"""
+
+
+def test_compare_on_one_rank(capsys, tmp_path):
     here, facts_path = tmp_path / "here.yaml", tmp_path / "facts.json"
-    assert invoke(capsys, "calibrate", "-o", here, "--head-dim", 16)[0] == 0
-    machine = topology.load(here)
-    assert machine.ranks == 1
-    assert machine.path.progress == "polling"
-    table = machine.devices.attention[0]
-    assert max(efficiency for _, efficiency in (*table.full, *table.masked)) == 1
-    code, text, err = invoke(
-        capsys, "compare", "--topology", here, "--seq", 300, "--head-dim", 16, "--repeats", 3, "--check", "--json", facts_path
-    )
+    here.write_text(MINE)
+    options = ("--seq", 300, "--head-dim", 16, "--causal", "--repeats", 3, "--check", "--json", facts_path)
+    code, text, err = invoke(capsys, "compare", "--topology", here, *options)
     assert (code, err) == (0, "")
     facts = json.loads(facts_path.read_text())
     assert facts["predicted"]["total_s"] > 0
@@ -168,6 +182,15 @@ def test_calibrate_then_compare_on_one_rank(capsys, tmp_path):
     assert facts["error"]["total"] == pytest.approx(facts["predicted"]["total_s"] / facts["measured"]["total_s"] - 1)
     assert "error" in text
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_topology_may_leave_the_ranks_to_the_command(capsys, tmp_path):
+    path = tmp_path / "here.yaml"
+    path.write_text(MINE)
+    code, _, err = invoke(capsys, "simulate", path, "--seq", 8, "--head-dim", 16)
+    assert (code, err) == (2, "ringsim: mine names no number of ranks: give --ranks\n")
+    for empty in (("--seq", 0), ("--seq", 100, "--batch", 0), ("--seq", 2)):
+        assert invoke(capsys, "simulate", path, "--ranks", 3, "--head-dim", 16, *empty)[0] == 0
 
 
 def test_an_internal_fault_names_the_rank_and_is_no_silent_success(capsys, monkeypatch):

@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringsim.calibration import micro_shapes
 from ringsim.errors import WorkloadError
 from ringsim.lowering import Blocking, MicroTiles
+from ringsim.mask import Causal
+from ringsim.schedule import Schedule
 from ringsim.tile import Span, Tile
+from ringsim.workload import Workload
 
 REPEATABLE = settings(max_examples=400, deadline=None, derandomize=True)
 SIZES = st.integers(1, 12)
@@ -142,3 +146,22 @@ def test_a_blocking_needs_rows(sizes):
     q_rows, k_rows, edge_rows = sizes
     with pytest.raises(WorkloadError, match=f"at least one row: {q_rows} x {k_rows}, edge {edge_rows}"):
         Blocking(q_rows=q_rows, k_rows=k_rows, edge_rows=edge_rows)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    q_len=st.integers(1, 1500),
+    kv_len=st.integers(1, 1500),
+    world_size=st.integers(1, 5),
+    partition=st.sampled_from(("contiguous", "striped", "zigzag")),
+    blocking=st.sampled_from((Blocking(q_rows=512, k_rows=512, edge_rows=128), Blocking(q_rows=64, k_rows=32, edge_rows=16))),
+)
+def test_calibration_covers_every_micro_tile_of_a_schedule(q_len, kv_len, world_size, partition, blocking):
+    schedule = Schedule(workload=Workload(q_len=q_len, kv_len=kv_len, mask=Causal()), world_size=world_size, partition=partition)
+    shapes = {kind: [rows * columns for rows, columns in found] for kind, found in micro_shapes(blocking).items()}
+    for rank in range(world_size):
+        for held in range(world_size):
+            for tile in schedule.job.tiles(rank, held):
+                for micro in blocking.micro_tiles(tile):
+                    pairs = shapes["masked" if micro.masked else "full"]
+                    assert min(pairs) <= micro.q_rows * micro.k_rows <= max(pairs)

@@ -56,3 +56,10 @@ def test_a_hop_beyond_2_gib_arrives_whole(tmp_path):
     ended = run(tmp_path, (2, program("large_hop")), timeout_s=240)
     assert ended.rc == 0, ended.stderr + ended.stdout
     assert sorted(ended.stdout.splitlines()) == ["rank 0: right", "rank 1: right"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_mpi_gives_the_bits_of_loopback(tmp_path, ranks):
+    ended = run(tmp_path, (ranks, program("same_bits")), timeout_s=120)
+    assert ended.rc == 0, ended.stdout + ended.stderr
+    assert ended.stdout == f"192 {[[]] * ranks}\n"

@@ -67,3 +67,27 @@ def test_a_paced_run_gives_the_same_bits_as_the_deterministic_one(world_size):
     assert paced.out.tobytes() == plain.out.tobytes()
     assert paced.lse.tobytes() == plain.lse.tobytes()
     assert paced.timeline.digest == plain.timeline.digest == schedule.digest
+
+
+def test_a_link_serves_one_run_after_another():
+    work = Workload(q_len=8, heads=1, head_dim=4)
+    q, k, v = (np.ones((1, 8, 1, 4), np.float32) for _ in "qkv")
+    link = PacedLink(1e9)
+    for _ in range(2):
+        assert np.all(execute(Schedule(workload=work, world_size=2), q, k, v, link=link).out == 1)
+
+
+def test_blas_keeps_one_thread_until_the_last_rank_leaves():
+    from ringsim.backends import cpu
+
+    def threads():
+        return {info["num_threads"] for info in cpu.describe()["blas"]}
+
+    before = threads()
+    first, second = cpu.one_blas_thread(), cpu.one_blas_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert threads() == {1}
+    second.__exit__(None, None, None)
+    assert threads() == before

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -171,6 +172,27 @@ def test_validation_finds(name):
         Schedule.from_text(re.sub(r"(?m)^digest .*\n", "", head) + broken + rest).validate()
     assert message in str(caught.value)
     assert re.search(r"(?m)^step +rank 0 +rank 1 +rank 2$", str(caught.value)), "shows the grid"
+
+
+def without_later_chunks(program):
+    """The ops of a rank less the chunks that do not start their block, with ids counted anew."""
+    kept, ids = [], {}
+    for op in program:
+        if isinstance(op, Send | Recv) and op.region.offset:
+            continue
+        ids[op.id] = len(kept)
+        if isinstance(op, Wait):
+            op = replace(op, posts=tuple(ids[post] for post in op.posts if post in ids))
+        kept.append(replace(op, id=ids[op.id]))
+    return tuple(kept)
+
+
+def test_validation_finds_a_block_of_which_a_part_never_came():
+    whole = Schedule(workload=Workload(q_len=8, head_dim=4), world_size=2, max_message_nbytes=40)
+    whole.validate()
+    lost = replace(whole, given=tuple(without_later_chunks(whole.program(rank)) for rank in range(2)))
+    with pytest.raises(ScheduleError, match="which holds nothing from byte 40"):
+        lost.validate()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from ..transport import Transport
 from .options import OUTPUT, RUNS, WORKLOAD, Plan, plan, with_options
 from .session import check_outputs, console, on_leader, open_transport, progress, write_outputs
 
+BUSY = 1.3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
@@ -83,7 +85,7 @@ def facts(transport: Transport, threads: int) -> dict[str, Any]:
         "hosts": sorted(set(transport.allgather(platform.node()))),
         "world_size": transport.world_size,
         "transport": transport.name,
-        "library": getattr(transport, "library", "none"),
+        "library": transport.library,
         "backend": "numpy",
         "numpy": np.__version__,
         "threads": threads,
@@ -151,14 +153,15 @@ def run(
 @click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True, help="Seconds that a wait may last."
 )
-def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...], timeout: float) -> None:
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the facts as JSON.")
+def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...], timeout: float, json_path: Path | None) -> None:
     """Measure this machine's kernels and hops with all ranks at work, and write them as a topology."""
     from ringsim.backends.cpu import available_cores
     from ringsim.backends.numpy import NumpyBackend
 
     transport = open_transport(timeout)
     agree("calibrate", transport, dtypes=dtypes, head_dims=head_dims)
-    on_leader(transport, lambda: check_outputs(output))
+    on_leader(transport, lambda: check_outputs(output, json_path))
     kernels = [Kernel(dtype=canonical(dtype), head_dim=dim) for dtype in dtypes for dim in sorted(set(head_dims))]
 
     def backend(blocking: Blocking | None) -> NumpyBackend:
@@ -168,9 +171,9 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
         described = facts(transport, 1)
         values = calibrate_machine(transport, kernels, backend, cores=available_cores(), facts=described, progress=advance)
     text = to_yaml(values)
-    if transport.rank == 0:
-        topology.parse(text, str(output))
-        files.write_text(output, text)
+    topology.parse(text, "what was measured")
+    on_leader(transport, lambda: files.write_text(output, text))
+    write_outputs(json_path, None, values, {})
     path = values["path"]
     lines = [f"{table['dtype']} head_dim {table['head_dim']}: {table['rate']} a core" for table in values["devices"]["attention"]]
     console().print(
@@ -211,6 +214,9 @@ def compare(
     result = compare_timelines(predicted, done.runs)
     out = console()
     out.print(report.comparison(done.schedule, result))
+    if result.total.high_s > BUSY * result.total.low_s:
+        spread = result.total.high_s / result.total.low_s - 1
+        out.print(f"note: the runs differ by up to {spread:.0%}: this machine is busy with other work; repeat on a quiet one")
     if machine.ranks not in (None, transport.world_size):
         out.print(f"note: {machine.name} was calibrated with {machine.ranks} ranks at work; this run has {transport.world_size}")
     if done.check is not None:

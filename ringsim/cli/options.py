@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -22,7 +22,14 @@ from ..workload import Workload
 Command = Callable[..., Any]
 
 
-class Tokens(click.ParamType[int]):
+if TYPE_CHECKING:
+    TokenParameter = click.ParamType[int]
+else:
+    # generic only in recent versions of click
+    TokenParameter = click.ParamType
+
+
+class Tokens(TokenParameter):
     """A count of tokens, 1024-based."""
 
     name = "TOKENS"

@@ -139,9 +139,9 @@ def _end_together(message: str, *, communicates: bool) -> int:
 
 def _everyone_is_here() -> bool:
     """Whether all ranks come to the same end within a short time."""
-    from ringsim.backends.mpi import launcher_world_size, load
+    from ringsim.backends.mpi import load
 
-    if launcher_world_size() == 1:
+    if launched_rank() is None:
         return True
     try:
         # those that went on are inside MPI_Init or past it: only from within MPI can they be told

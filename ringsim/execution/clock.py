@@ -32,7 +32,7 @@ class Offset:
 
 def offsets(transport: Transport, clock: Callable[[], float] = time.perf_counter) -> Offset:
     """This rank's offset to rank 0; collective. Zero where all ranks share a host, whose clock is one."""
-    if len(set(getattr(transport, "hosts", [""]))) <= 1 and clock is time.perf_counter:
+    if len(set(transport.hosts)) <= 1 and clock is time.perf_counter:
         return Offset(0.0, 0.0, clock())
     best = Offset(0.0, 0.0, clock())
     for rank in range(1, transport.world_size):

@@ -7,13 +7,16 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ScheduleError
+from ..tile import IntArray, Tile
 from .emitter import hazards
 from .grid import grid
 from .ops import Compute, Op, Post, Recv, Region, Send, Wait
 from .schedule import Schedule
 
+Counts = npt.NDArray[np.int16]
 EXHAUSTIVE_WORLD = 64
 EXHAUSTIVE_PAIRS = 2**22
 SAMPLED_QUERIES = 64
@@ -83,7 +86,28 @@ class _Place:
     ops: tuple[Op, ...]
     next: int = 0
     done: set[int] = field(default_factory=set)
-    held: dict[tuple[str, int, int], tuple[str, int]] = field(default_factory=dict)
+    held: dict[tuple[str, int], list[tuple[int, int, tuple[str, int]]]] = field(default_factory=dict)
+
+    def write(self, region: Region, end: int | None = None) -> None:
+        """From now on the region's bytes hold its value and version; what lay there before is gone."""
+        begin, end = region.offset, region.offset + region.nbytes if end is None else end
+        kept = []
+        for low, high, content in self.held.get((region.buffer, region.slot), []):
+            kept += [part for part in ((low, min(high, begin), content), (max(low, end), high, content)) if part[0] < part[1]]
+        self.held[region.buffer, region.slot] = sorted([*kept, (begin, end, (region.value, region.version))])
+
+    def stale(self, region: Region) -> str | None:
+        """What stands, somewhere in the region's bytes, in place of its value and version; None if nothing else does."""
+        reached = region.offset
+        for low, high, (value, version) in self.held.get((region.buffer, region.slot), []):
+            if high <= reached or low >= region.offset + region.nbytes:
+                continue
+            if low > reached:
+                break
+            if (value, version) != (region.value, region.version):
+                return f"{value} version {version}"
+            reached = high
+        return None if reached >= region.offset + region.nbytes else f"nothing from byte {reached}"
 
 
 class _Replay:
@@ -115,22 +139,19 @@ class _Replay:
                 for region in op.reads:
                     self._check_read(rank, op, region)
                 for region in op.writes:
-                    place.held[region.buffer, region.slot, region.offset] = (region.value, region.version)
+                    place.write(region)
             else:
                 self._post(rank, op)
             place.next += 1
         return place.next > start
 
     def _check_read(self, rank: int, op: Op, region: Region) -> None:
-        held = self._places[rank].held
-        key = (region.buffer, region.slot, region.offset)
-        expected = (region.value, region.version)
-        if key not in held and ((region.buffer, region.slot) in INPUTS or region.buffer == "token"):
-            held[key] = expected
-        found = held.get(key)
-        if found != expected:
-            what = "nothing" if found is None else f"{found[0]} version {found[1]}"
-            message = f"reads {region.value} version {region.version} from {region.buffer} slot {region.slot}, which holds {what}"
+        place, slot = self._places[rank], (region.buffer, region.slot)
+        if slot not in place.held and (slot in INPUTS or region.buffer == "token"):
+            place.write(region, end=2**63)
+        found = place.stale(region)
+        if found is not None:
+            message = f"reads {region.value} version {region.version} from {slot[0]} slot {slot[1]}, which holds {found}"
             raise _fault(self._schedule, rank, op, message)
 
     def _post(self, rank: int, op: Send | Recv) -> None:
@@ -147,8 +168,7 @@ class _Replay:
             _check_match(self._schedule, send, target, recv)
             self._places[source].done.add(send.id)
             self._places[target].done.add(recv.id)
-            region = recv.region
-            self._places[target].held[region.buffer, region.slot, region.offset] = (region.value, region.version)
+            self._places[target].write(recv.region)
 
 
 def _check_match(schedule: Schedule, send: Send, target: int, recv: Recv) -> None:
@@ -214,9 +234,9 @@ def _check_rows(schedule: Schedule, rank: int, op: Compute) -> None:
                 )
 
 
-def _count(counts: np.ndarray, queries: np.ndarray, tile: object, kv_offset: int) -> None:
-    q, k = tile.q, tile.k  # type: ignore[attr-defined]
-    begin, end = tile.intervals()  # type: ignore[attr-defined]
+def _count(counts: Counts, queries: IntArray, tile: Tile, kv_offset: int) -> None:
+    q, k = tile.q, tile.k
+    begin, end = tile.intervals()
     rows = np.searchsorted(queries, q.positions())
     for index, row in enumerate(rows):
         if row < len(queries) and queries[row] == q.start + q.step * index:
@@ -224,7 +244,7 @@ def _count(counts: np.ndarray, queries: np.ndarray, tile: object, kv_offset: int
             counts[row, first + k.step * begin[index] : first + k.step * end[index] : k.step] += 1
 
 
-def _compare(schedule: Schedule, counts: np.ndarray, owned: np.ndarray, batch: int, head: int) -> None:
+def _compare(schedule: Schedule, counts: Counts, owned: IntArray, batch: int, head: int) -> None:
     work = schedule.workload
     valid = next(((q, k) for (first, end), q, k in work.sequences() if first <= batch < end), (0, 0))
     required = work.mask.visible(owned + work.q_offset, work.kv_offset + np.arange(work.kv_len))

@@ -181,9 +181,8 @@ def without_later_chunks(program):
         if isinstance(op, Send | Recv) and op.region.offset:
             continue
         ids[op.id] = len(kept)
-        if isinstance(op, Wait):
-            op = replace(op, posts=tuple(ids[post] for post in op.posts if post in ids))
-        kept.append(replace(op, id=ids[op.id]))
+        posts = {"posts": tuple(ids[post] for post in op.posts if post in ids)} if isinstance(op, Wait) else {}
+        kept.append(replace(op, id=ids[op.id], **posts))
     return tuple(kept)
 
 

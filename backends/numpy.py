@@ -26,7 +26,10 @@ Poll = Callable[[], None]
 Fetch = Callable[[Region], Array]
 
 BOUNDS: Final = {"float32": (40.0, 1e24), "float64": (300.0, 1e100)}
-"""|score| and the sum of squared values below which no sum of exp(score) x value over 1e9 keys leaves the dtype's range."""
+"""|score| and the sum of squared values below which no sum of exp(score) x value over 1e9 keys leaves the dtype's range.
+
+Above, not below: in float32 values smaller than about 1e-20 may lose relative accuracy where all scores of a row are near -40.
+"""
 
 
 def blocking_for(cache: Cache, dtype: str) -> Blocking:

@@ -132,7 +132,7 @@ def run(
         "check": None if done.check is None else done.check.to_dict(),
         "measured": [timeline.to_dict() for timeline in done.runs],
     }
-    write_outputs(json_path, trace_path, record, {"measured": done.runs[-1]})
+    on_leader(transport, lambda: write_outputs(json_path, trace_path, record, {"measured": done.runs[-1]}))
     return 0 if done.check is None or done.check.passed else 1
 
 
@@ -173,7 +173,7 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
     text = to_yaml(values)
     topology.parse(text, "what was measured")
     on_leader(transport, lambda: files.write_text(output, text))
-    write_outputs(json_path, None, values, {})
+    on_leader(transport, lambda: write_outputs(json_path, None, values, {}))
     path = values["path"]
     lines = [f"{table['dtype']} head_dim {table['head_dim']}: {table['rate']} a core" for table in values["devices"]["attention"]]
     console().print(
@@ -223,5 +223,6 @@ def compare(
         out.print(done.check.sentence())
     record = {"schedule": done.schedule.inputs()} | result.to_dict()
     record["check"] = None if done.check is None else done.check.to_dict()
-    write_outputs(json_path, trace_path, record, {f"predicted on {machine.name}": predicted, "measured": done.runs[-1]})
+    timelines = {f"predicted on {machine.name}": predicted, "measured": done.runs[-1]}
+    on_leader(transport, lambda: write_outputs(json_path, trace_path, record, timelines))
     return 0 if done.check is None or done.check.passed else 1

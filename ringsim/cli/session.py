@@ -25,6 +25,7 @@ Value = TypeVar("Value")
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 GATHER_S = 2.0
 YIELD_WORD_S = 1.0
+FORWARD_S = 0.25
 
 
 def launched_rank() -> int | None:
@@ -177,5 +178,7 @@ def _abort(code: int) -> int:
     mpi = _initialised_mpi()
     if mpi is not None and mpi.COMM_WORLD.Get_size() > 1:
         sys.stdout.flush()
+        # a launcher that is told to abort may drop what it has not yet passed on
+        time.sleep(FORWARD_S)
         mpi.COMM_WORLD.Abort(code)
     return code

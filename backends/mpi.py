@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ringsim.backends.cpu import available_cores, yield_core
-from ringsim.errors import CollectiveTimeout, MissingDependency, RankMismatch, TransportError
+from ringsim.errors import CollectiveTimeout, MissingDependency, PeerFailed, RankMismatch, TransportError
 from ringsim.transport import Bytes, Handle
 
 _ABANDONED: list[tuple[Any, tuple[Any, ...]]] = []
@@ -72,20 +72,22 @@ class MpiTransport:
         self.library: str = self._mpi.Get_library_version().split("\n")[0].strip("\x00 ")
         self._requests: list[Any] = []
         self._handles: list[Handle] = []
+        self._peers: list[int] = []
         self.hosts: list[str] = self.allgather(socket.gethostname())
         self.oversubscribed = self.hosts.count(self.hosts[self.rank]) > available_cores()
 
     def isend(self, data: Bytes, peer: int, tag: int) -> Handle:
         """Post a send (MPI_Isend of bytes)."""
-        return self._post(self._comm.Isend([data, self._mpi.BYTE], peer, tag))
+        return self._post(self._comm.Isend([data, self._mpi.BYTE], peer, tag), peer)
 
     def irecv(self, data: Bytes, peer: int, tag: int) -> Handle:
         """Post a receive (MPI_Irecv of bytes)."""
-        return self._post(self._comm.Irecv([data, self._mpi.BYTE], peer, tag))
+        return self._post(self._comm.Irecv([data, self._mpi.BYTE], peer, tag), peer)
 
-    def _post(self, request: Any) -> Handle:
+    def _post(self, request: Any, peer: int) -> Handle:
         handle = Handle(posted_s=time.perf_counter())
         self._requests.append(request)
+        self._peers.append(peer)
         self._handles.append(handle)
         return handle
 
@@ -93,7 +95,12 @@ class MpiTransport:
         """MPI_Testsome over all that is outstanding."""
         if not self._requests:
             return
-        done = self._mpi.Request.Testsome(self._requests)
+        try:
+            done = self._mpi.Request.Testsome(self._requests)
+        except self._mpi.Exception as error:
+            raise PeerFailed(
+                f"rank {self.rank}: a message to or from rank {self._culprit()} failed; was that rank killed?"
+            ) from error
         if done:
             now = time.perf_counter()
             for index in done:
@@ -101,6 +108,16 @@ class MpiTransport:
             finished = set(done)
             self._requests = [request for index, request in enumerate(self._requests) if index not in finished]
             self._handles = [handle for index, handle in enumerate(self._handles) if index not in finished]
+            self._peers = [peer for index, peer in enumerate(self._peers) if index not in finished]
+
+    def _culprit(self) -> str:
+        """The peer whose request fails alone; all that are waited for if none does."""
+        for request, peer in zip(self._requests, self._peers, strict=True):
+            try:
+                request.Test()
+            except self._mpi.Exception:
+                return str(peer)
+        return " or ".join(map(str, sorted(set(self._peers))))
 
     def idle(self, attempt: int) -> None:
         """Yield the core at first; on an oversubscribed host sleep, longer by and by."""
@@ -135,6 +152,9 @@ class MpiTransport:
         """Poll a collective to its end; what it reads and writes outlives it if that does not come."""
         try:
             self._poll_until_done(request, what)
+        except self._mpi.Exception as error:
+            self.failure, self._in_step = self.failure or str(error), False
+            raise PeerFailed(f"rank {self.rank}: {what} of {self.world_size} ranks failed; was a rank killed?") from error
         except BaseException as error:
             _ABANDONED.append((request, buffers))
             self.failure, self._in_step = self.failure or str(error), False

@@ -38,7 +38,7 @@ class CollectiveTimeout(PeerTimeout):
 
 
 class PeerFailed(TransportError):
-    """Another rank of an in-process world raised; its own error is the cause."""
+    """Another rank raised (its own error is the cause, in one process) or its messages fail: it may have been killed."""
 
 
 class ComparisonError(RingsimError):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import files
-from ..errors import CollectiveTimeout, PeerTimeout, RingsimError
+from ..errors import CollectiveTimeout, PeerFailed, PeerTimeout, RingsimError
 from ..timeline import Timeline
 from ..trace import trace_events
 from ..transport import Transport
@@ -111,7 +111,7 @@ def end(run: Callable[[], Any], *, communicates: bool = False) -> int:
     except (KeyboardInterrupt, click.Abort):
         _say(f"ringsim: rank {launched_rank() or 0}: interrupted", always=True)
         return _abort(130)
-    except PeerTimeout as error:
+    except (PeerFailed, PeerTimeout) as error:
         if isinstance(error, CollectiveTimeout):
             # a rank that knows the peer and the op may be about to say so
             time.sleep(YIELD_WORD_S)

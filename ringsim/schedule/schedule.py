@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -136,8 +136,3 @@ def _digest(schedule: Schedule) -> str:
             for op in schedule.program(rank):
                 total.update(repr(op).encode())
     return total.hexdigest()
-
-
-def built(schedule: Schedule) -> Schedule:
-    """The schedule that the builder makes from the same inputs."""
-    return replace(schedule, given=None)

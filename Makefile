@@ -29,7 +29,7 @@ check: $(READY)
 
 docs: $(READY)
 	@echo "== writing the figure and the table of docs/ from runs on this machine (some minutes)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check '.[mpich,docs]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check '.[mpich,plots]'
 	@$(BIN)/python docs/make.py
 
 clean:

@@ -82,6 +82,12 @@ def accuracy_table(page: Path) -> None:
     page.write_text(re.sub(r"<!-- accuracy table -->(.|\n)*", f"<!-- accuracy table -->\n{table}", text))
 
 
+def cluster_figure(target: Path) -> None:
+    """The shipped cluster, as `ringsim topologies graph` draws it."""
+    subprocess.run([str(BIN / "ringsim"), "topologies", "graph", "dgx-h100-cluster", "-o", str(target)], check=True)
+
+
 if __name__ == "__main__":
     timeline_figure(DOCS / "figures" / "timeline.png")
+    cluster_figure(DOCS / "figures" / "dgx-h100-cluster.png")
     accuracy_table(DOCS / "measurement.md")

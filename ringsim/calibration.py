@@ -22,6 +22,7 @@ from .errors import CalibrationError
 from .lowering import Blocking
 from .schedule import Compute, Region
 from .tile import Span, Tile
+from .topology import FORMAT
 from .transport import Handle, Transport
 
 Array = npt.NDArray[Any]
@@ -320,18 +321,16 @@ def calibrate(
         measured = transport.allgather(measure_kernel(kernel, make_backend))
         tables.append(_table(kernel, measured, make_backend(None).blocking(accumulator(kernel.dtype))))
     latency_s, bandwidth = fit_line(hops)
+    moving = {"latency": f"{latency_s * 1e6:.3f} us", "bandwidth": _rate(bandwidth, "GB/s", 1e9)}
+    host = {"kind": "cpu", "cores": cores, "ranks": transport.world_size, "inside": "memory"}
     return {
-        "ringsim": 1,
+        "ringsim": FORMAT,
         "name": f"{hosts[0]}-{transport.world_size}-ranks",
-        "source": f"ringsim calibrate on {hosts[0]}, {time.strftime('%Y-%m-%d')}, {transport.world_size} ranks, measured",
-        "ranks": transport.world_size,
-        "devices": {"kind": "cpu", "cores": cores, "memory_bandwidth": _rate(memory, "GB/s", 1e9), "attention": tables},
-        "path": {
-            "latency": f"{latency_s * 1e6:.3f} us",
-            "bandwidth": _rate(bandwidth, "GB/s", 1e9),
-            "progress": "polling",
-            "look": f"{look_s * 1e6:.3f} us",
-        },
+        "source": f"measured: ringsim calibrate on {hosts[0]}, {time.strftime('%Y-%m-%d')}, {transport.world_size} ranks",
+        "devices": {"host": host | {"memory_bandwidth": _rate(memory, "GB/s", 1e9), "attention": tables}},
+        "links": {"memory": moving},
+        "transports": {"mpi": {"progress": "polling", "look": f"{look_s * 1e6:.3f} us"}},
+        "machine": "host",
         "notes": facts | {"hops": [[nbytes, f"{seconds * 1e6:.2f} us"] for nbytes, seconds in hops]},
     }
 

@@ -1,4 +1,4 @@
-"""The cost model: what an op takes on a topology's device, priced by what its backend really computes."""
+"""The cost model: what an op takes on a device of a topology, priced by what its backend really computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import TopologyError
 from .lowering import Blocking
 from .schedule import Compute
 from .tile import Tile
-from .topology import Attention, Topology
+from .topology.parts import Attention, Device
 from .workload import Workload
 
 
@@ -37,12 +37,13 @@ def interpolate(points: tuple[tuple[float, float], ...], pairs: float, what: str
 
 
 class Costs:
-    """Prices of one workload's ops on one topology. Raises TopologyError where the topology has no figure for it."""
+    """Prices of one workload's ops on one device. Raises TopologyError where the device, `name`, has no figure for it."""
 
-    def __init__(self, topology: Topology, workload: Workload) -> None:
-        self.topology = topology
+    def __init__(self, device: Device, workload: Workload, name: str = "device") -> None:
+        self.device = device
+        self.name = name
         self.workload = workload
-        self.tables = _tables(topology, workload)
+        self.tables = _tables(device, workload, name)
         table = self.tables[0][1].micro_tile
         self.blocking = Blocking(q_rows=table.q_rows, k_rows=table.k_rows, edge_rows=table.edge_rows, exact=table.exact)
         self._price = lru_cache(maxsize=65536)(self._attend)
@@ -51,9 +52,9 @@ class Costs:
         """Device seconds and pieces of an op."""
         if op.kernel == "attend":
             return self._price(op.tiles)
-        overhead = sum(weight * table.overhead for weight, table in self.tables)
+        overhead = sum(weight * self.device.overhead_s(table) for weight, table in self.tables)
         pieces = max(self.workload.batch * self.workload.heads, 1)
-        return Cost(overhead + op.nbytes / self.topology.devices.memory_bandwidth, pieces)
+        return Cost(overhead + op.nbytes / (self.device.memory_bandwidth * self.device.speed), pieces)
 
     def _attend(self, tiles: tuple[Tile, ...]) -> Cost:
         pieces = sum(micro.count * _copies(tile) for tile in tiles for micro in self.blocking.micro_tiles(tile))
@@ -61,17 +62,17 @@ class Costs:
         return Cost(sum(parts), max(pieces, 1))
 
     def _attend_by(self, table: Attention, tiles: tuple[Tile, ...]) -> float:
-        seconds = table.overhead
+        seconds, rate = self.device.overhead_s(table), self.device.rate(table)
         flops_per_pair = 2 * (self.workload.head_dim + self.workload.v_head_dim)
         for tile in tiles:
             copies = _copies(tile)
-            seconds += copies * ceil(tile.q.count / self.blocking.q_rows) * table.block_overhead
+            seconds += copies * ceil(tile.q.count / self.blocking.q_rows) * table.block_overhead / self.device.speed
             for micro in self.blocking.micro_tiles(tile):
                 points, what = (table.masked, "masked") if micro.masked else (table.full, "full")
-                efficiency = points[-1][1] if self.blocking.exact else interpolate(points, micro.q_rows * micro.k_rows, what)
-                seconds += copies * micro.pairs * flops_per_pair / (table.rate * efficiency)
+                efficiency = interpolate(points, micro.q_rows * micro.k_rows, f"{self.name}, head_dim {table.head_dim}, {what}")
+                seconds += copies * micro.pairs * flops_per_pair / (rate * efficiency)
             if table.pass_bandwidth is not None:
-                seconds += pass_nbytes(self.workload, tile) / table.pass_bandwidth
+                seconds += pass_nbytes(self.workload, tile) / (table.pass_bandwidth * self.device.speed)
         return seconds
 
 
@@ -90,18 +91,18 @@ def pass_nbytes(workload: Workload, tile: Tile) -> int:
     return sequences * elements * ITEMSIZE[accumulator(workload.dtype)]
 
 
-def _tables(topology: Topology, workload: Workload) -> tuple[tuple[float, Attention], ...]:
+def _tables(device: Device, workload: Workload, name: str) -> tuple[tuple[float, Attention], ...]:
     """The table of the workload's dtype and head_dim, or the two nearest head_dims with the weights of a line between them."""
-    known = sorted((table.head_dim, table) for table in topology.devices.attention if table.dtype == workload.dtype)
+    known = sorted((table.head_dim, table) for table in device.attention if table.dtype == workload.dtype)
     dims = [dim for dim, _ in known]
     if workload.head_dim in dims:
         return ((1.0, known[dims.index(workload.head_dim)][1]),)
     below = [table for dim, table in known if dim < workload.head_dim]
     above = [table for dim, table in known if dim > workload.head_dim]
     if not below or not above:
-        have = ", ".join(f"{table.dtype} head_dim {table.head_dim}" for table in topology.devices.attention)
+        have = ", ".join(f"{table.dtype} head_dim {table.head_dim}" for table in device.attention) or "none"
         raise TopologyError(
-            f"{topology.name}: no attention figures for {workload.dtype} head_dim {workload.head_dim} (have: {have}); "
+            f"{name}: no attention figures for {workload.dtype} head_dim {workload.head_dim} (have: {have}); "
             "calibrate with this --dtype and --head-dim"
         )
     low, high = below[-1], above[0]

@@ -16,10 +16,15 @@ class FileError(RingsimError):
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 to a temporary file beside `path`, then rename it. Raises FileError."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write to a temporary file beside `path`, then rename it. Raises FileError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

@@ -102,7 +102,8 @@ class Blocking:
 @lru_cache(maxsize=8192)
 def _micro_tiles(blocking: Blocking, tile: Tile) -> tuple[MicroTiles, ...]:
     if blocking.exact:
-        return (MicroTiles(1, 1, tile.pairs(), False),)
+        pairs = tile.pairs()
+        return (MicroTiles(1, 1, pairs, tile.masked),) if pairs else ()
     counts: Counter[tuple[int, int, bool]] = Counter()
     if not tile.masked:
         full_blocks, rest = divmod(tile.q.count, blocking.q_rows)

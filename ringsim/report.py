@@ -75,6 +75,9 @@ def prediction(schedule: Schedule, timeline: Timeline, exposed_wall_s: float) ->
         "what the run takes longer than with hops that cost nothing",
         _rate_line(schedule, timeline.total_s),
     ]
+    if timeline.facts["busiest"]:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in timeline.facts["busiest"].items())
+        tail.append(f"busiest wires, of what they could carry in that time: {shares}")
     return Group(Text("\n".join(lines)), table, Text("\n".join(tail)))
 
 

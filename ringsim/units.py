@@ -64,6 +64,12 @@ def parse(text: object, dimension: str) -> float:
     return float(value)
 
 
+def dimension(text: str) -> str | None:
+    """What a quantity measures, by its unit; None for any other text."""
+    match = _QUANTITY.fullmatch(text) if len(text) <= LONGEST else None
+    return next((name for name, units in DIMENSIONS.items() if match is not None and match[3] in units), None)
+
+
 _TOKENS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 MOST_TOKENS = 2**63 - 1
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
@@ -17,24 +18,40 @@ from .errors import RingsimError
 Place = tuple[str | int, ...]
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 MAX_DEPTH = 32
+MOST_NAMED = 40
 _INT = re.compile(r"[+-]?\d+")
+_SAID = {  # what YAML calls it, where pydantic speaks of Python
+    "tuple_type": "Input should be a list",
+    "dict_type": "Input should be keys and values",
+    "model_type": "Input should be keys and values",
+    "model_attributes_type": "Input should be keys and values",
+    "too_short": "There should be at least one item",
+}
 _FLOAT = re.compile(r"[+-]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?")
 
 
 @dataclass(slots=True)
 class Document:
-    """A YAML file as plain values, with the line of each."""
+    """A YAML file as plain values, with the line of each; `files` names the file of what came from another."""
 
     file: str
     error: type[RingsimError]
     value: Any = None
     lines: dict[Place, int] = field(default_factory=dict)
+    files: dict[Place, str] = field(default_factory=dict)
 
     def fail(self, path: Place, message: str) -> RingsimError:
         """The error for what stands at `path`, with file and line."""
-        known = next((self.lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.lines), 1)
         where = ".".join(str(part) for part in path)
-        return self.error(f"{self.file}:{known}: {where + ': ' if where else ''}{message}")
+        return self.error(f"{self.position(path)}: {where + ': ' if where else ''}{message}")
+
+    def position(self, path: Place) -> str:
+        """File and line of what stands at `path`, or of what it would stand in."""
+        known = next((path[:end] for end in range(len(path), -1, -1) if path[:end] in self.lines), None)
+        if known is None:
+            return f"{self.file}:1"
+        file, line = self.files.get(known, self.file), self.lines[known]
+        return f"{file}:{line}" if line else file
 
 
 def read(path: Path, error: type[RingsimError]) -> Document:
@@ -45,6 +62,8 @@ def read(path: Path, error: type[RingsimError]) -> Document:
         raise error(f"{path}: cannot be read: {problem.strerror}") from problem
     except UnicodeDecodeError as problem:
         raise error(f"{path}: cannot be read: not UTF-8 at byte {problem.start}") from problem
+    except ValueError as problem:
+        raise error(f"{units.shown(str(path))}: cannot be read: {problem}") from problem
     return parse(text, str(path), error)
 
 
@@ -56,6 +75,7 @@ def parse(text: str, file: str, error: type[RingsimError]) -> Document:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as problem:
         what = getattr(problem, "problem", None) or str(problem).split("\n")[0]
+        what += "; quote a text that has ': ' in it" if what.startswith("mapping values") else ""
         raise error(f"{file}:{_line_of(problem, text)}: not YAML: {what}") from problem
     except RingsimError:
         raise
@@ -123,44 +143,85 @@ def _scalar(document: Document, node: yaml.Node, path: Place) -> Any:
     return {"true": True, "false": False, "null": None, "": None}.get(node.value, node.value)
 
 
-def load(document: Document, model: type[Model]) -> Model:
+def load(document: Document, model: type[Model], context: dict[str, Any] | None = None) -> Model:
     """Check the document against `model`. Raises the document's error for the first fault, with line and remedy."""
     if not isinstance(document.value, dict):
         raise document.fail((), f"expected keys and values, found {type(document.value).__name__}")
     try:
-        return model.model_validate(document.value)
+        return model.model_validate(document.value, context=context)
     except pydantic.ValidationError as problem:
         raise _explain(document, model, problem) from None
 
 
 def _explain(document: Document, model: type[pydantic.BaseModel], problem: pydantic.ValidationError) -> RingsimError:
     first = min(problem.errors(), key=lambda fault: (fault["type"] != "extra_forbidden", fault["loc"] == ()))
-    path: Place = first["loc"]
-    if first["type"] == "extra_forbidden":
-        return document.fail(path, _unknown_key(model, path))
-    if first["type"] == "missing":
-        return document.fail(path[:-1], f"key {path[-1]!r} is missing")
-    message = first["msg"].removeprefix("Value error, ")
-    ours = first["type"] == "value_error"
-    return document.fail(
-        path, message if ours or isinstance(first["input"], dict) else f"{message} (found {units.shown(first['input'])})"
-    )
+    path, kind = _place(document.value, first["loc"]), first["type"]
+    if kind == "extra_forbidden":
+        return document.fail(path, f"unknown key {path[-1]!r}; {nearest(str(path[-1]), _fields(model, first['loc'][:-1]))}")
+    if kind == "missing":
+        return document.fail(path, f"{'item' if isinstance(first['loc'][-1], int) else 'key'} {first['loc'][-1]!r} is missing")
+    if kind.startswith("union_tag"):
+        return document.fail(*_unknown_tag(path, first))
+    message = _SAID.get(kind, first["msg"]).removeprefix("Value error, ")
+    return document.fail(path, message if kind == "value_error" else f"{message} (found {units.shown(first['input'])})")
 
 
-def _unknown_key(model: type[pydantic.BaseModel], path: Place) -> str:
-    allowed = _fields(model, path[:-1])
-    key = str(path[-1])
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+def nearest(word: str, allowed: Sequence[str]) -> str:
+    """A hint at the allowed word that is nearest, and those that are allowed."""
+    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown key {key!r}; {hint}allowed: {', '.join(allowed)}"
+    return f"{hint}allowed: {', '.join(allowed[:MOST_NAMED]) or 'none'}" + (", ..." if len(allowed) > MOST_NAMED else "")
 
 
-def _fields(model: type[pydantic.BaseModel], path: Place) -> list[str]:
-    """The keys allowed at `path`, following models through lists."""
+def _place(value: Any, loc: Place) -> Place:
+    """Where in the document a fault stands: its location less what pydantic adds for the members of a union."""
+    path: list[str | int] = []
+    for part in loc:
+        inside = part in range(len(value)) if isinstance(value, list) else isinstance(value, dict) and part in value
+        if inside:
+            value = value[part]
+            path.append(part)
+    return tuple(path)
+
+
+def _unknown_tag(path: Place, fault: Any) -> tuple[Place, str]:
+    """A member of a union that says what it is by a key of its own, and says nothing known."""
+    key = "join"
+    allowed = [tag.strip("'") for tag in fault.get("ctx", {}).get("expected_tags", "").split(", ")]
+    if not isinstance(fault["input"], dict):
+        return path, f"found {units.shown(fault['input'])}, expected a name or keys and values"
+    if key not in fault["input"]:
+        return path, f"key {key!r} is missing"
+    word = fault["input"][key]
+    known = [tag for tag in allowed if tag not in ("name", "repeat")]
+    return (*path, key), f"{units.shown(word)} is unknown" + (f"; {nearest(str(word), known)}" if known != [""] else "")
+
+
+def _fields(model: type[pydantic.BaseModel], loc: Place) -> list[str]:
+    """The keys allowed at `loc`, following models through lists, mappings and unions."""
     here: Any = model
-    for part in path:
-        if isinstance(part, str) and hasattr(here, "model_fields") and part in here.model_fields:
-            here = here.model_fields[part].annotation
-        while not hasattr(here, "model_fields") and getattr(here, "__args__", None):
-            here = next((arg for arg in here.__args__ if arg is not type(None)), None)
-    return [info.alias or name for name, info in getattr(here, "model_fields", {}).items()]
+    for part in loc:
+        here = _step(_bare(here), part)
+    return [info.alias or name for name, info in getattr(_bare(here), "model_fields", {}).items()]
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without what is said about it, and without None."""
+    while True:
+        arguments = get_args(annotation)
+        if get_origin(annotation) is Annotated:
+            annotation = arguments[0]
+        elif type(None) in arguments:
+            annotation = next(argument for argument in arguments if argument is not type(None))
+        else:
+            return annotation
+
+
+def _step(here: Any, part: str | int) -> Any:
+    if hasattr(here, "model_fields"):
+        return next((info.annotation for name, info in here.model_fields.items() if part in (name, info.alias)), None)
+    arguments = get_args(here)
+    tagged = [argument for argument in arguments if any(getattr(note, "tag", None) == part for note in get_args(argument)[1:])]
+    if tagged:
+        return tagged[0]
+    return arguments[-1] if get_origin(here) is dict else next(iter(arguments), None)

@@ -22,13 +22,19 @@ def invoke(capsys, *arguments):
     return ended.value.code, said.out, said.err
 
 
-@pytest.mark.parametrize("command", ["", "simulate", "run", "calibrate", "compare", "schedule"])
+COMMANDS = [(), *((name,) for name in cli.commands), *(("topologies", name) for name in cli.commands["topologies"].commands)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_fits_a_page_and_explains_each_option(command):
-    result = CliRunner().invoke(cli, [*([command] if command else []), "--help"])
+    result = CliRunner().invoke(cli, [*command, "--help"])
     assert result.exit_code == 0
     for line in result.output.splitlines():
         assert len(line) <= 120
-    options = [p for p in cli.commands[command].params if isinstance(p, click.Option)] if command else []
+    found = cli
+    for name in command:
+        found = found.commands[name]
+    options = [p for p in found.params if isinstance(p, click.Option)] if command else []
     undocumented = [option.name for option in options if not option.help]
     assert undocumented == []
 
@@ -96,7 +102,7 @@ def test_a_fault_in_a_workload_file_is_one_message(capsys, tmp_path, text, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["simulate", "ideel", "--seq", "8"], "no topology 'ideel': give a .yaml file or one of"),
+        (["simulate", "ideel", "--seq", "8"], "no topology 'ideel': give a .yaml file or a shipped name; did you mean 'ideal'?"),
         (["simulate", "nowhere.yaml", "--seq", "8"], "nowhere.yaml: cannot be read"),
         (["calibrate", "-o", "here.yaml"], "a hop needs two ranks: start with mpiexec -n P"),
         ([*IDEAL, "--seq", "8", "--batch", "9" * 20], "at most 1099511627776 is allowed"),
@@ -151,22 +157,28 @@ def test_a_wrong_result_ends_with_code_1(capsys, monkeypatch):
 
 
 MINE = """
-ringsim: 1
+ringsim: 2
 name: mine
-source: made up
+source: "guessed: by hand"
 devices:
-  kind: cpu
-  cores: 1
-  memory_bandwidth: 10 GB/s
-  attention:
-    - dtype: float32
-      head_dim: 16
-      rate: 50 GFLOP/s
-      overhead: 20 us
-      micro_tile: {q_rows: 512, k_rows: 512, edge_rows: 128}
-      full: [[1, 0.001], [262144, 1.0]]
-      masked: [[2, 0.001], [65536, 1.0]]
-path: {latency: 1 us, bandwidth: 10 GB/s, progress: polling}
+  host:
+    kind: cpu
+    cores: 1
+    inside: memory
+    memory_bandwidth: 5 GB/s
+    attention:
+      - dtype: float32
+        head_dim: 16
+        rate: 20 GFLOP/s
+        overhead: 5 us
+        micro_tile: {q_rows: 256, k_rows: 256, edge_rows: 256}
+        full: [[1, 0.01], [65536, 1.0]]
+        masked: [[1, 0.01], [65536, 1.0]]
+links:
+  memory: {latency: 1 us, bandwidth: 5 GB/s}
+transports:
+  mpi: {progress: polling}
+machine: host
 """
 
 
@@ -184,11 +196,11 @@ def test_compare_on_one_rank(capsys, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_a_topology_may_leave_the_ranks_to_the_command(capsys, tmp_path):
+def test_ranks_are_as_many_as_a_host_says_or_as_the_command_does(capsys, tmp_path):
     path = tmp_path / "here.yaml"
     path.write_text(MINE)
-    code, _, err = invoke(capsys, "simulate", path, "--seq", 8, "--head-dim", 16)
-    assert (code, err) == (2, "ringsim: mine names no number of ranks: give --ranks\n")
+    assert ", 1 ranks:" in invoke(capsys, "simulate", path, "--seq", 8, "--head-dim", 16)[1]
+    assert ", 3 ranks:" in invoke(capsys, "simulate", path, "--set", "devices.host.ranks=3", "--seq", 8, "--head-dim", 16)[1]
     for empty in (("--seq", 0), ("--seq", 100, "--batch", 0), ("--seq", 2)):
         assert invoke(capsys, "simulate", path, "--ranks", 3, "--head-dim", 16, *empty)[0] == 0
 

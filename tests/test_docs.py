@@ -1,17 +1,26 @@
 """What the documents say can be typed: their commands parse, their YAML loads, their links lead somewhere."""
 
+import json
 import re
 from pathlib import Path
 
 import click
+import jsonschema
 import pytest
+import yaml
 
 from ringsim import topology
 from ringsim.cli.main import cli
+from ringsim.topology.groups import JOINS, MODELS, Connection, Nics
+from ringsim.topology.parts import Attention, Device, Link, MicroTile, Regime, Route, Transport
+from ringsim.topology.schema import schema
+from ringsim.topology.spec import Spec
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:mpiexec -n \d+ |^ *)ringsim ((?:simulate|run|calibrate|compare|schedule) [^`#\n]*)", re.MULTILINE)
+COMMAND = re.compile(
+    r"(?:mpiexec -n \d+ |^ *)ringsim ((?:simulate|run|calibrate|compare|schedule|topologies) [^`#\n]*)", re.MULTILINE
+)
 
 
 def commands():
@@ -28,22 +37,38 @@ def test_commands_are_found():
 )
 def test_commands_parse(page, arguments):
     name, *rest = arguments
-    with cli.commands[name].make_context(name, [word for word in rest if word != "..."], parent=click.Context(cli)) as context:
-        assert context.params
+    command = cli.commands[name]
+    if isinstance(command, click.Group):
+        command, rest = command.commands[rest[0]], rest[1:]
+    with command.make_context(name, [word for word in rest if word != "..."], parent=click.Context(cli)) as context:
+        assert context.params or rest == []
 
 
 def test_the_topology_page_shows_a_valid_topology():
     page = (ROOT / "docs" / "topology.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    machine = topology.parse(example, "docs/topology.md")
-    fields = {
-        *topology.Topology.model_fields,
-        *topology.Devices.model_fields,
-        *topology.Attention.model_fields,
-        *topology.Hop.model_fields,
-    }
-    assert [name for name in fields if not re.search(rf"\b{name}:", example)] == []
-    assert machine.path.look == 60e-6
+    short, full, explicit = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(topology.parse(short, "docs/topology.md").devices) == 8
+    assert len(short.splitlines()) <= 10
+    assert len(topology.parse(full, "docs/topology.md").devices) == 32
+    hub = topology.parse(short.split("machine:")[0] + explicit, "docs/topology.md")
+    assert [len(hub.path(hub.devices[0], other).vertices) for other in hub.devices[1:]] == [1, 0]
+
+
+def test_the_topology_page_names_every_key():
+    page = (ROOT / "docs" / "topology.md").read_text()
+    keys = {info.alias or name for model in models() for name, info in model.model_fields.items()}
+    assert [key for key in sorted(keys) if not re.search(rf"\b{key}\b", page)] == []
+    assert [join for join in JOINS if f"`{join}`" not in page] == []
+
+
+def models():
+    named = (Spec, Device, Attention, MicroTile, Link, Regime, Transport, Route, Nics, Connection)
+    return (*named, *MODELS.values())
+
+
+def test_the_published_schema_is_the_format():
+    published = json.loads((ROOT / "docs" / "topology.schema.json").read_text())
+    assert published == schema(), "write it anew: ringsim topologies schema -o docs/topology.schema.json"
 
 
 def test_the_workload_page_names_every_option():
@@ -57,3 +82,18 @@ def test_the_workload_page_names_every_option():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", [*topology.names(), 0, 1])
+def test_the_schema_takes_what_ringsim_takes(name):
+    page = (ROOT / "docs" / "topology.md").read_text()
+    text = (
+        (ROOT / "topologies" / f"{name}.yaml").read_text()
+        if isinstance(name, str)
+        else re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[name]
+    )
+    validator = jsonschema.Draft202012Validator(schema())
+    plain = yaml.safe_load(text)
+    assert [(fault.json_path, fault.message) for fault in validator.iter_errors(plain)] == []
+    plain["links"] = {name: link | {"bandwidth": 450} for name, link in plain["links"].items()}
+    assert not validator.is_valid(plain)

@@ -14,28 +14,35 @@ from ringsim.timeline import POSTS
 from ringsim.workload import Workload
 
 MACHINE = """
-ringsim: 1
+ringsim: 2
 name: paper
-source: defined
+source: "defined: round numbers"
 devices:
-  kind: {kind}
-  {cores}
-  memory_bandwidth: 1 GB/s
-  attention:
-    - dtype: float32
-      head_dim: 64
-      rate: {rate}
-      overhead: 3 us
-      micro_tile: {{q_rows: {rows}, k_rows: {rows}, edge_rows: {rows}, exact: {exact}}}
-      full: [[1, 1.0], [65536, 1.0]]
-      masked: [[1, 1.0], [65536, 1.0]]
-path: {{latency: {latency}, bandwidth: {bandwidth}, progress: {progress}{look}}}
+  paper:
+    kind: {kind}
+    {cores}
+    inside: wire
+    memory_bandwidth: 1 GB/s
+    attention:
+      - dtype: float32
+        head_dim: 64
+        rate: {rate}
+        overhead: 3 us
+        micro_tile: {{q_rows: {rows}, k_rows: {rows}, edge_rows: {rows}, exact: {exact}}}
+        full: [[1, 1.0], [1000000, 1.0]]
+        masked: [[1, 1.0], [1000000, 1.0]]
+links:
+  wire: {{latency: {latency}, bandwidth: {bandwidth}}}
+transports:
+  paper: {{progress: {progress}{look}}}
+machine: {machine}
 """
 
 
 def machine(
     *, cores=None, rate="1 TFLOP/s", latency="5 us", bandwidth="1 GB/s", progress="offload", rows=1, exact=True, look=None
 ):
+    """One host of cores, or eight devices with a link per pair."""
     text = MACHINE.format(
         kind="cpu" if cores else "gpu",
         cores=f"cores: {cores}" if cores else "",
@@ -46,8 +53,13 @@ def machine(
         rows=rows,
         exact=str(exact).lower(),
         look=f", look: {look}" if look else "",
+        machine="paper" if cores else "{join: mesh, link: wire, count: 8, of: paper}",
     )
     return topology.parse(text)
+
+
+def device(on):
+    return on.device(on.devices[0])
 
 
 def ring(world_size=4, seq=256, **options):
@@ -216,7 +228,7 @@ def test_what_holds_on_every_machine(schedule, on):
         max((e.end_s for e in timeline.of_rank(rank) if e.kind not in POSTS), default=0) for rank in range(schedule.world_size)
     ]
     assert steps == pytest.approx(sum(finish) / len(finish), rel=1e-9, abs=1e-15)
-    if on.devices.cores is None or on.devices.cores >= schedule.world_size:
+    if (on.device(on.devices[0]).cores or 8) >= schedule.world_size:
         # where ranks share cores a delay may even help the order in which they take turns (Graham, 1969)
         assert simulate(schedule, on, free_hops=True).total_s <= timeline.total_s * (1 + 1e-12)
 
@@ -224,9 +236,9 @@ def test_what_holds_on_every_machine(schedule, on):
 def test_masked_tiles_cost_what_the_backend_computes():
     schedule = ring(1, 64, mask=Causal())
     op = next(op for op in schedule.program(0) if isinstance(op, Compute) and op.kernel == "attend")
-    whole = Costs(machine(rows=64, exact=False), schedule.workload).cost(op)
-    strips = Costs(machine(rows=8, exact=False), schedule.workload).cost(op)
-    exact = Costs(machine(), schedule.workload).cost(op)
+    whole = Costs(device(machine(rows=64, exact=False)), schedule.workload).cost(op)
+    strips = Costs(device(machine(rows=8, exact=False)), schedule.workload).cost(op)
+    exact = Costs(device(machine()), schedule.workload).cost(op)
     per_pair = 2 * 256 / 1e12
     assert whole.seconds == close(3e-6 + 64 * 64 * per_pair)
     assert strips.seconds == close(3e-6 + (8 * 9 // 2) * 64 * per_pair)
@@ -245,14 +257,15 @@ def test_figures_are_interpolated_and_never_extrapolated():
         bandwidth="1 GB/s",
         progress="offload",
         look="",
+        machine="paper",
     )
-    table = topology.parse(text.replace("full: [[1, 1.0], [65536, 1.0]]", "full: [[4, 0.2], [16, 0.6]]"))
+    table = topology.parse(text.replace("full: [[1, 1.0], [1000000, 1.0]]", "full: [[4, 0.2], [16, 0.6]]"))
     schedule = ring(1, 8)
     op = next(op for op in schedule.program(0) if isinstance(op, Compute) and op.kernel == "attend")
-    assert Costs(table, schedule.workload).cost(op).seconds == close(3e-6 + 2 * 64 * 256 / 0.6e12)
+    assert Costs(device(table), schedule.workload).cost(op).seconds == close(3e-6 + 2 * 64 * 256 / 0.6e12)
     narrow = ring(1, 2)
     op = next(op for op in narrow.program(0) if isinstance(op, Compute) and op.kernel == "attend")
-    assert Costs(table, narrow.workload).cost(op).seconds == close(3e-6 + 2 * 4 * 256 / 0.2e12)
+    assert Costs(device(table), narrow.workload).cost(op).seconds == close(3e-6 + 2 * 4 * 256 / 0.2e12)
     with pytest.raises(TopologyError, match="1 pairs per micro-tile lie outside the measured 4 to 16"):
         simulate(ring(1, 1), table)
     with pytest.raises(TopologyError, match="no attention figures for float32 head_dim 96"):

@@ -15,15 +15,15 @@ FOLDERS = {"ringsim": ROOT / "ringsim", "ringsim.backends": ROOT / "backends", "
 # each room with those that it may import, besides those of its own line and below
 FLOORS = [
     {"cli", "__main__"},
-    {"report"},
-    {"trace", "comparison", "checking", "attention"},
+    {"report", "inventory"},
+    {"trace", "comparison", "checking", "attention", "drawing"},
     {"agreement", "calibration", "simulation", "execution"},
     {"backends", "costs"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},
     {"schedule", "topologies", "yaml_source"},
     {"lowering", "timeline"},
     {"partition", "workload"},
-    {"mask"},
+    {"mask", "segments"},
     {"tile", "dtypes", "units"},
     {"errors"},
 ]

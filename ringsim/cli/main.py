@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from .. import __version__
+from .machines import topologies
 from .measure import calibrate, compare, run
 from .predict import schedule, simulate
 from .session import end
@@ -21,7 +22,8 @@ def cli() -> None:
     r"""Ring attention over MPI: predicted, executed and compared, from one schedule.
 
     \b
-    ringsim simulate TOPOLOGY --ranks 8 --seq 1M --causal     what will it cost?
+    ringsim simulate dgx-h100 --seq 1M --causal ...           what will it cost?
+    ringsim topologies show dgx-h100                          on what machine?
     mpiexec -n 4 ringsim run --seq 8K --causal --check        what does it cost?
     mpiexec -n 4 ringsim calibrate -o here.yaml               what is this machine?
     mpiexec -n 4 ringsim compare --topology here.yaml ...     was the prediction right?
@@ -30,7 +32,7 @@ def cli() -> None:
 
 
 COMMUNICATING = ("run", "calibrate", "compare")
-for command in (simulate, run, calibrate, compare, schedule):
+for command in (simulate, run, calibrate, compare, schedule, topologies):
     cli.add_command(command)
 
 

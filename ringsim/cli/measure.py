@@ -21,7 +21,7 @@ from ..schedule import Schedule
 from ..simulation import simulate
 from ..timeline import Timeline
 from ..transport import Transport
-from .options import OUTPUT, RUNS, WORKLOAD, Plan, plan, with_options
+from .options import MACHINE, OUTPUT, RUNS, WORKLOAD, Plan, machine, plan, with_options
 from .session import check_outputs, console, on_leader, open_transport, progress, write_outputs
 
 BUSY = 1.3
@@ -174,12 +174,11 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
     topology.parse(text, "what was measured")
     on_leader(transport, lambda: files.write_text(output, text))
     on_leader(transport, lambda: write_outputs(json_path, None, values, {}))
-    path = values["path"]
-    lines = [f"{table['dtype']} head_dim {table['head_dim']}: {table['rate']} a core" for table in values["devices"]["attention"]]
+    hop, progress_kind = values["links"]["memory"], values["transports"]["mpi"]["progress"]
+    tables = values["devices"]["host"]["attention"]
+    lines = [f"{table['dtype']} head_dim {table['head_dim']}: {table['rate']} a core" for table in tables]
     console().print(
-        "\n".join(
-            [*lines, f"hop: {path['latency']} + bytes / {path['bandwidth']}, driven by {path['progress']}", f"wrote {output}"]
-        )
+        "\n".join([*lines, f"hop: {hop['latency']} + bytes / {hop['bandwidth']}, driven by {progress_kind}", f"wrote {output}"])
     )
 
 
@@ -188,7 +187,7 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
     "--topology", "topology_name", required=True, metavar="TOPOLOGY", help="The machine to predict on: a file or a shipped name."
 )
 @click.option("--check", is_flag=True, help="Verify against dense attention in float64; exit 1 if it is off.")
-@with_options(WORKLOAD, RUNS, OUTPUT)
+@with_options(MACHINE, WORKLOAD, RUNS, OUTPUT)
 @click.pass_context
 def compare(
     ctx: click.Context,
@@ -208,8 +207,8 @@ def compare(
     transport = open_transport(timeout)
     agree("compare", transport, repeats=repeats, warmup=warmup, seed=seed, check=check)
     on_leader(transport, lambda: check_outputs(json_path, trace_path))
-    machine = on_leader(transport, lambda: topology.load(topology_name))
-    predicted = on_leader(transport, lambda: simulate(job.schedule(transport.world_size), machine))
+    on = on_leader(transport, lambda: machine(ctx, topology_name))
+    predicted = on_leader(transport, lambda: simulate(job.schedule(transport.world_size), on))
     done = measure(transport, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, threads=1, check=check)
     result = compare_timelines(predicted, done.runs)
     out = console()
@@ -217,12 +216,12 @@ def compare(
     if result.total.high_s > BUSY * result.total.low_s:
         spread = result.total.high_s / result.total.low_s - 1
         out.print(f"note: the runs differ by up to {spread:.0%}: this machine is busy with other work; repeat on a quiet one")
-    if machine.ranks not in (None, transport.world_size):
-        out.print(f"note: {machine.name} was calibrated with {machine.ranks} ranks at work; this run has {transport.world_size}")
+    if len(on.slots) != transport.world_size:
+        out.print(f"note: {on.name} has {len(on.slots)} ranks at work; this run has {transport.world_size}")
     if done.check is not None:
         out.print(done.check.sentence())
     record = {"schedule": done.schedule.inputs()} | result.to_dict()
     record["check"] = None if done.check is None else done.check.to_dict()
-    timelines = {f"predicted on {machine.name}": predicted, "measured": done.runs[-1]}
+    timelines = {f"predicted on {on.name}": predicted, "measured": done.runs[-1]}
     on_leader(transport, lambda: write_outputs(json_path, trace_path, record, timelines))
     return 0 if done.check is None or done.check.passed else 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from .. import units, workload_file
+from .. import topology, units, workload_file
 from ..dtypes import ALIASES, ATTENTION
 from ..errors import RingsimError, WorkloadError
 from ..mask import mask_named
@@ -79,6 +79,17 @@ RUNS = (
         help="Seconds that a wait may last.",
     ),
 )
+MACHINE = (
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change a figure or a count of the machine, e.g. nodes=4 or links.ndr.latency=2us; repeatable.",
+    ),
+    click.option("--place", metavar="ORDER", help="Ranks on devices: block, round-robin, or a list such as 0,2,1,3."),
+    click.option("--transport", metavar="NAME", help="The MPI or NCCL stack, where the machine names several."),
+)
 OUTPUT = (
     click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the facts as JSON."),
     click.option(
@@ -96,6 +107,15 @@ def with_options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[
         return command
 
     return add
+
+
+def machine(ctx: click.Context, name: str) -> topology.Topology:
+    """The machine of a command, with its --set, --place and --transport. Raises TopologyError."""
+    given = ctx.params
+    place = given["place"]
+    if place is not None and place not in ("block", "round-robin"):
+        place = [int(word) if word.strip().isdecimal() else word.strip() for word in place.split(",")]
+    return topology.load(name, given["settings"], place=place, transport=given["transport"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,37 +7,34 @@ from typing import Any
 
 import click
 
-from .. import report, topology
-from ..errors import TopologyError
+from .. import report
 from ..schedule.grid import LEGEND, grid
 from ..simulation import simulate as simulate_schedule
-from .options import OUTPUT, WORKLOAD, Tokens, plan, with_options
+from .options import MACHINE, OUTPUT, WORKLOAD, Tokens, machine, plan, with_options
 from .session import check_outputs, console, write_outputs
 
 MOST_RANKS_AS_TEXT = 256
 
 
 @click.command()
-@click.argument("topology_name", metavar="TOPOLOGY")
-@click.option("--ranks", type=click.IntRange(1), help="Ranks in the ring. [default: as many as the topology names]")
-@with_options(WORKLOAD, OUTPUT)
+@click.argument("name", metavar="MACHINE")
+@click.option("--ranks", type=click.IntRange(1), help="Ranks in the ring. [default: as many as the machine has room for]")
+@with_options(MACHINE, WORKLOAD, OUTPUT)
 @click.pass_context
 def simulate(
-    ctx: click.Context, /, topology_name: str, ranks: int | None, json_path: Path | None, trace_path: Path | None, **_: Any
+    ctx: click.Context, /, name: str, ranks: int | None, json_path: Path | None, trace_path: Path | None, **_: Any
 ) -> None:
-    """Predict each ring step on TOPOLOGY: a YAML file, or the name of a machine that ringsim ships."""
+    """Predict each ring step on MACHINE: a YAML file, or the name of a machine that ringsim ships."""
     job = plan(ctx)
-    machine = topology.load(topology_name)
-    world_size = ranks or machine.ranks
-    if world_size is None:
-        raise TopologyError(f"{machine.name} names no number of ranks: give --ranks")
+    on = machine(ctx, name)
+    world_size = ranks or len(on.slots)
     check_outputs(json_path, trace_path)
     schedule = job.schedule(world_size)
-    timeline = simulate_schedule(schedule, machine)
-    exposed_s = timeline.total_s - simulate_schedule(schedule, machine, free_hops=True).total_s
+    timeline = simulate_schedule(schedule, on)
+    exposed_s = timeline.total_s - simulate_schedule(schedule, on, free_hops=True).total_s
     console().print(report.prediction(schedule, timeline, exposed_s))
     facts = {"schedule": schedule.inputs(), "predicted": timeline.to_dict() | {"exposed_wall_s": exposed_s}}
-    write_outputs(json_path, trace_path, facts, {f"predicted on {machine.name}": timeline})
+    write_outputs(json_path, trace_path, facts, {f"predicted on {on.name}": timeline})
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Cores shared by runnable jobs, fairly: n jobs on C cores each run at min(1, C/n)."""
+"""Cores shared by runnable jobs, fairly: n jobs on C cores each run at min(1, C/n), less what messages take from the device."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Cores:
     def __init__(self, env: simpy.Environment, capacity: int) -> None:
         self._env = env
         self._capacity = capacity
+        self._speed = 1.0
         self._virtual = 0.0
         self._since = 0.0
         self._running = 0
@@ -51,8 +52,15 @@ class Cores:
             self._set_alarm()
         return min(self._virtual - job.begin, job.work_s)
 
+    def set_speed(self, speed: float) -> None:
+        """From now on everything runs at `speed` times what it would."""
+        if speed != self._speed:
+            self._advance()
+            self._speed = speed
+            self._set_alarm()
+
     def _rate(self) -> float:
-        return min(1.0, self._capacity / self._running) if self._running else 1.0
+        return self._speed * min(1.0, self._capacity / self._running) if self._running else self._speed
 
     def _advance(self) -> None:
         self._virtual += (self._env.now - self._since) * self._rate()

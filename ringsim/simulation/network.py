@@ -1,15 +1,18 @@
-"""Messages in flight: matching first in, first out, then the transfer as the path's progress kind has it."""
+"""Messages in flight: matched first in, first out, then begun and driven as the path's progress kind has it."""
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import simpy
 
 from ..schedule import Recv, Send
-from ..topology import Hop
+from ..topology import Path, Topology
 from .cores import Cores
+from .wires import Wires
 
 INFINITE = float("inf")
 
@@ -22,82 +25,141 @@ class Posted:
     rank: int
     posted_s: float
     done: simpy.Event
+    path: Path
     transfer: Transfer | None = None
+    done_s: float = INFINITE
+
+    def finish(self, now_s: float) -> None:
+        """Done, unless it was before."""
+        if not self.done.triggered:
+            self.done_s = now_s
+            self.done.succeed()
 
 
 @dataclass(slots=True)
 class Transfer:
-    """A matched message."""
+    """A message that both sides have posted, or an eager one that its sender has. `drivers` are yet to look, in turn."""
 
+    path: Path
     send: Posted
-    recv: Posted
+    recv: Posted | None
     matched_s: float
     nbytes: int
+    drivers: list[int] = field(default_factory=list)
     start_s: float = INFINITE
     end_s: float = INFINITE
 
 
 class Network:
-    """Matches posts and moves what they name. With `free` hops cost nothing from the moment both sides have posted."""
+    """Matches posts and moves what they name. With `free` a message costs nothing from the moment both sides have posted."""
 
-    def __init__(self, env: simpy.Environment, path: Hop, cores: list[Cores], *, free: bool = False) -> None:
+    def __init__(
+        self, env: simpy.Environment, topology: Topology, devices: Sequence[int], cores: Sequence[Cores], *, free: bool = False
+    ) -> None:
         self._env = env
-        self._path = path
+        self._topology = topology
+        self._devices = devices
         self._cores = cores
-        self.progress = "offload" if free else path.progress
-        self._latency_s = 0.0 if free else path.latency
-        self._bandwidth_bytes_per_s = INFINITE if free else path.bandwidth
+        self.free = free
+        self.wires = Wires(env, [resource.capacity for resource in topology.graph.resources], devices, cores)
         self._halves: dict[tuple[int, int, int], deque[Posted]] = defaultdict(deque)
-        self._wire_free_s: dict[tuple[int, int], float] = defaultdict(float)
         self.pending: list[deque[Transfer]] = [deque() for _ in cores]
         self._bells: list[simpy.Event] = [env.event() for _ in cores]
 
     def post(self, rank: int, op: Send | Recv) -> Posted:
-        """Post one half; the transfer begins as soon as progress allows once the other half is there."""
-        half = Posted(op, rank, self._env.now, self._env.event())
-        key = (rank, op.peer, op.tag) if isinstance(op, Send) else (op.peer, rank, op.tag)
-        waiting = self._halves[key]
-        if not waiting or isinstance(waiting[0].op, Send) == isinstance(op, Send):
-            waiting.append(half)
+        """Post one half; the message begins as soon as progress allows once the other half is there, or at once if eager."""
+        source, target = (rank, op.peer) if isinstance(op, Send) else (op.peer, rank)
+        path = self._topology.path(self._devices[source], self._devices[target])
+        half = Posted(op, rank, self._env.now, self._env.event(), path)
+        waiting = self._halves[source, target, op.tag]
+        if waiting and isinstance(waiting[0].op, Send) != isinstance(op, Send):
+            other = waiting.popleft()
+            self._match(*((half, other) if isinstance(op, Send) else (other, half)))
             return half
-        other = waiting.popleft()
-        send, recv = (half, other) if isinstance(op, Send) else (other, half)
-        send.transfer = recv.transfer = transfer = Transfer(send, recv, self._env.now, op.region.nbytes)
-        self._begin(transfer)
+        waiting.append(half)
+        if isinstance(op, Send) and op.region.nbytes <= path.eager_nbytes and not self.free:
+            self._leave(half)
         return half
 
+    def _match(self, send: Posted, recv: Posted) -> None:
+        transfer = send.transfer
+        if transfer is None:
+            transfer = send.transfer = Transfer(send.path, send, recv, self._env.now, send.op.region.nbytes)
+            recv.transfer = transfer
+            self._begin(transfer, recv)
+            return
+        recv.transfer, transfer.recv = transfer, recv
+        if send.path.copied:
+            transfer.drivers = [recv.rank]
+            self._hand(transfer, recv)
+        elif transfer.end_s < INFINITE:
+            recv.finish(self._env.now)
+
+    def _leave(self, send: Posted) -> None:
+        """An eager message goes without its receiver: hardware takes it there, or the host has put it in a buffer."""
+        send.transfer = transfer = Transfer(send.path, send, None, self._env.now, send.op.region.nbytes)
+        if send.path.copied:
+            send.finish(self._env.now)
+        else:
+            self._carry(transfer)
+
+    def _begin(self, transfer: Transfer, recv: Posted) -> None:
+        sender, receiver = transfer.send.rank, recv.rank
+        transfer.drivers = {"receiver": [receiver], "sender": [sender], "both": [receiver, sender]}[transfer.path.drives]
+        if self.free:
+            transfer.start_s = self._env.now
+            self._complete(transfer)
+        elif transfer.path.progress == "offload":
+            self._carry(transfer)
+        else:
+            self._hand(transfer, recv)
+
+    def _hand(self, transfer: Transfer, recv: Posted) -> None:
+        """To a thread of the rank that drives it, or to the rank itself for its next look."""
+        if transfer.path.progress == "thread":
+            self._env.process(self._copy(transfer, self._cores[transfer.drivers[-1]]))
+            return
+        rank = transfer.drivers[0]
+        self.pending[rank].append(transfer)
+        bell, self._bells[rank] = self._bells[rank], self._env.event()
+        bell.succeed()
+
     def bell(self, rank: int) -> simpy.Event:
-        """Fires when something arrives that `rank` must drive itself."""
+        """Fires when something arrives that `rank` must look at."""
         return self._bells[rank]
 
-    def work_s(self, transfer: Transfer) -> float:
-        """Seconds that moving it takes, alone."""
-        return self._latency_s + transfer.nbytes / self._bandwidth_bytes_per_s
+    def look(self, rank: int) -> Generator[simpy.Event, Any, None]:
+        """What a poll of `rank` does: pass on, hand to the hardware, or copy all that waits for it."""
+        pending = self.pending[rank]
+        while pending:
+            transfer = pending.popleft()
+            del transfer.drivers[0]
+            if transfer.drivers and transfer.recv is not None:
+                self._hand(transfer, transfer.recv)
+            elif transfer.path.progress == "handshake":
+                self._carry(transfer)
+            else:
+                yield from self._copy(transfer, self._cores[rank])
 
-    def _begin(self, transfer: Transfer) -> None:
-        receiver = transfer.recv.rank
-        if self.progress == "offload":
-            self.carry(transfer)
-        elif self.progress == "thread":
-            transfer.start_s = self._env.now
-            job = self._cores[receiver].start(self.work_s(transfer))
-            job.done.callbacks.append(lambda _: self.complete(transfer))
-        else:
-            self.pending[receiver].append(transfer)
-            bell, self._bells[receiver] = self._bells[receiver], self._env.event()
-            bell.succeed()
-
-    def carry(self, transfer: Transfer) -> None:
-        """Hardware moves it: latencies overlap, bytes of one direction queue."""
-        wire = (transfer.send.rank, transfer.recv.rank)
+    def _carry(self, transfer: Transfer) -> None:
         transfer.start_s = self._env.now
-        begin = max(self._env.now + self._latency_s, self._wire_free_s[wire])
-        end = self._wire_free_s[wire] = begin + transfer.nbytes / self._bandwidth_bytes_per_s
-        timer = self._env.timeout(end - self._env.now)
-        timer.callbacks.append(lambda _: self.complete(transfer))
+        target = transfer.send.op.peer
+        self.wires.carry(transfer.path, transfer.send.rank, target, transfer.nbytes, lambda: self._complete(transfer))
 
-    def complete(self, transfer: Transfer) -> None:
-        """Both sides are done."""
+    def _copy(self, transfer: Transfer, cores: Cores) -> Generator[simpy.Event, Any, None]:
+        """A core copies while the wires carry: it is there when both have done their part."""
+        transfer.start_s = self._env.now
+        moved = self._env.event()
+        self.wires.carry(transfer.path, transfer.send.rank, transfer.send.op.peer, transfer.nbytes, lambda: _succeed(moved))
+        yield cores.start(transfer.path.seconds(transfer.nbytes)).done & moved
+        self._complete(transfer)
+
+    def _complete(self, transfer: Transfer) -> None:
         transfer.end_s = self._env.now
-        transfer.send.done.succeed()
-        transfer.recv.done.succeed()
+        for half in (transfer.send, transfer.recv):
+            if half is not None:
+                half.finish(self._env.now)
+
+
+def _succeed(event: simpy.Event) -> None:
+    event.succeed()

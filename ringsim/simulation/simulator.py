@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import gc
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
@@ -12,10 +15,14 @@ from ..costs import Costs
 from ..errors import ScheduleError
 from ..schedule import Compute, Recv, Schedule, Send, Wait
 from ..timeline import Event, Timeline
-from ..topology import Topology
+from ..topology import Topology, pattern
+from ..topology.parts import Device
+from ..workload import Workload
 from .cores import Cores
+from .instant import rest
 from .network import Network, Posted
 
+MOST_BUSY = 4
 Process = Generator[simpy.Event, Any, None]
 
 
@@ -26,17 +33,17 @@ def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False)
     ScheduleError if the ranks deadlock.
     """
     env = simpy.Environment()
-    shared = topology.devices.kind == "cpu"
-    pool = Cores(env, topology.devices.cores or 1)
-    cores = [pool if shared else Cores(env, 1) for _ in range(schedule.world_size)]
-    network = Network(env, topology.path, cores, free=free_hops)
-    costs = Costs(topology, schedule.workload)
+    placed = topology.place(schedule.world_size)
+    of_device = {number: _cores(env, topology.device(number)) for number in dict.fromkeys(placed)}
+    cores = [of_device[number] for number in placed]
+    network = Network(env, topology, placed, cores, free=free_hops)
+    costs = _costs(topology, schedule.workload, placed)
     ranks = [
-        _Rank(env, rank, schedule=schedule, costs=costs, cores=cores[rank], network=network)
-        for rank in range(schedule.world_size)
+        _Rank(env, rank, schedule, costs=costs[rank], cores=cores[rank], network=network) for rank in range(schedule.world_size)
     ]
     processes = [env.process(rank.walk()) for rank in ranks]
-    env.run()
+    with _no_garbage():
+        env.run()
     stuck = [rank for rank, process in enumerate(processes) if process.is_alive]
     if stuck:
         raise ScheduleError(f"deadlock: rank(s) {stuck} wait for ever in schedule {schedule.digest[:12]}")
@@ -44,10 +51,14 @@ def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False)
     facts = {
         "topology": topology.name,
         "topology_source": topology.source,
+        "transport": topology.transport_name,
+        "devices": dict(Counter(topology.graph.vertices[number].device for number in of_device)),
+        "place": [topology.graph.vertices[number].name for number in placed],
         "free_hops": free_hops,
-        "cores": topology.devices.cores,
     }
-    return Timeline(source="predicted", digest=schedule.digest, world_size=schedule.world_size, events=events, facts=facts)
+    made = Timeline(source="predicted", digest=schedule.digest, world_size=schedule.world_size, events=events, facts=facts)
+    facts["busiest"] = _busiest(topology, network.wires.carried, made.total_s)
+    return made
 
 
 def exposed_communication_s(schedule: Schedule, topology: Topology) -> float:
@@ -55,11 +66,44 @@ def exposed_communication_s(schedule: Schedule, topology: Topology) -> float:
     return simulate(schedule, topology).total_s - simulate(schedule, topology, free_hops=True).total_s
 
 
+def _busiest(topology: Topology, carried: Counter[int], total_s: float) -> dict[str, float]:
+    """Of each kind of resource, how much of what its busiest one could carry in the whole time it did; the fullest first."""
+    shares: dict[str, float] = {}
+    for number, nbytes in carried.items():
+        resource = topology.graph.resources[number]
+        kind, share = pattern(resource.name), nbytes / resource.capacity / total_s if total_s else 0.0
+        shares[kind] = max(shares.get(kind, 0.0), share)
+    return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0]))[:MOST_BUSY])
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Events live to the end: looking for dead ones among millions would take half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _cores(env: simpy.Environment, device: Device) -> Cores:
+    return Cores(env, device.cores or 1)
+
+
+def _costs(topology: Topology, workload: Workload, placed: Sequence[int]) -> list[Costs]:
+    """Each rank's prices, made once for each kind of device."""
+    kinds = [topology.graph.vertices[number].device for number in placed]
+    made = {kind: Costs(topology.spec.devices[kind], workload, f"{topology.name}, {kind}") for kind in dict.fromkeys(kinds)}
+    return [made[kind] for kind in kinds]
+
+
 class _Rank:
     """One rank's process: the simulator's counterpart of the executor's walker."""
 
     def __init__(
-        self, env: simpy.Environment, rank: int, *, schedule: Schedule, costs: Costs, cores: Cores, network: Network
+        self, env: simpy.Environment, rank: int, schedule: Schedule, *, costs: Costs, cores: Cores, network: Network
     ) -> None:
         self.events: list[Event] = []
         self._env = env
@@ -69,7 +113,7 @@ class _Rank:
         self._cores = cores
         self._network = network
         self._posts: dict[int, Posted] = {}
-        self._look_s = 0.0 if network.progress == "offload" else costs.topology.path.look
+        self._free = network.free
 
     def walk(self) -> Process:
         for op in self._schedule.program(self._rank):
@@ -85,6 +129,7 @@ class _Rank:
         start_s, polled_s = self._env.now, 0.0
         cost = self._costs.cost(op)
         remaining, piece = cost.seconds, cost.seconds / cost.pieces
+        self._network.wires.computing(self._rank, 1)
         while remaining > 0:
             served = 0.0
             if not self._network.pending[self._rank]:
@@ -97,47 +142,44 @@ class _Rank:
             if to_poll > 0:
                 yield self._cores.start(to_poll).done
             remaining -= served + to_poll
-            polled_s += yield from self._drive()
-        polled_s += yield from self._drive()
+            polled_s += yield from self._look()
+        self._network.wires.computing(self._rank, -1)
+        polled_s += yield from self._look()
         self._record(op, op.kernel, start_s, cpu_s=cost.seconds, poll_s=polled_s)
 
-    def _drive(self) -> Generator[simpy.Event, Any, float]:
-        """What a poll does: move, or hand to the hardware, all that has matched. Returns the seconds that it took."""
-        before_s, pending = self._env.now, self._network.pending[self._rank]
-        while pending:
-            transfer = pending.popleft()
-            if self._network.progress == "handshake":
-                self._network.carry(transfer)
-                continue
-            transfer.start_s = self._env.now
-            yield self._cores.start(self._network.work_s(transfer)).done
-            self._network.complete(transfer)
+    def _look(self) -> Generator[simpy.Event, Any, float]:
+        """Drive all that waits to be driven. Returns the seconds that it took."""
+        before_s = self._env.now
+        yield from self._network.look(self._rank)
         return self._env.now - before_s
 
     def _wait(self, op: Wait) -> Process:
         start_s = self._env.now
         posts = [self._posts[post] for post in op.posts]
+        look_s = 0.0 if self._free else max(post.path.look_s for post in posts)
         while missing := [post.done for post in posts if not post.done.triggered]:
             if not self._network.pending[self._rank]:
                 yield self._env.all_of(missing) | self._network.bell(self._rank)
-                if self._look_s:
-                    yield self._env.timeout(self._look_s)
-            yield from self._drive()
+                if look_s:
+                    yield self._env.timeout(look_s)
+            if self._network.pending[self._rank]:
+                yield rest(self._env)
+                if not all(post.done.triggered for post in posts):
+                    yield from self._look()
         self._record_wait(op, posts, start_s)
 
     def _record_wait(self, op: Wait, posts: list[Posted], start_s: float) -> None:
-        transfers = [post.transfer for post in posts if post.transfer is not None]
-        last = max(transfers, key=lambda transfer: transfer.end_s)
+        moves = [(post.done_s, post.transfer) for post in posts if post.transfer is not None]
+        last_s, last = max(moves, key=lambda move: move[0])
         duration = self._env.now - start_s
-        late = min(max(max(transfer.matched_s for transfer in transfers) - start_s, 0.0), duration)
-        moving = max(0.0, last.end_s - max(last.start_s, start_s + late))
+        late = min(max(max(transfer.matched_s for _, transfer in moves) - start_s, 0.0), duration)
+        moving = max(0.0, last_s - max(last.start_s, start_s + late))
         for post in posts:
             self._record_post(self._posts.pop(post.op.id))
         self._record(op, "wait", start_s, late_s=late, transfer_s=moving, progress_s=max(duration - late - moving, 0.0))
 
     def _record_post(self, post: Posted) -> None:
         kind = "send" if isinstance(post.op, Send) else "recv"
-        end_s = post.transfer.end_s if post.transfer is not None else self._env.now
         event = Event(
             rank=self._rank,
             op=post.op.id,
@@ -145,7 +187,7 @@ class _Rank:
             step=post.op.step,
             phase=post.op.phase,
             start_s=post.posted_s,
-            end_s=end_s,
+            end_s=post.done_s,
             nbytes=post.op.region.nbytes,
             peer=post.op.peer,
             tag=post.op.tag,

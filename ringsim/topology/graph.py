@@ -1,0 +1,182 @@
+"""A machine as a graph: devices, NICs and switches, wires between them, and the directed resources that messages share."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .parts import Device, Link
+
+Kind = Literal["device", "nic", "switch"]
+
+
+def pattern(name: str) -> str:
+    """A part's name with its numbers as stars: what alike parts have in common."""
+    return re.sub(r"-\d+(?=/|$| )", "-*", name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vertex:
+    """A device, NIC or switch. `host` names the node that it belongs to; only what passes on can lie within a route."""
+
+    name: str
+    kind: Kind
+    host: str = ""
+    device: str = ""
+    passes_on: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resource:
+    """A directed capacity in bytes per second that messages share."""
+
+    name: str
+    capacity: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """One direction of a wire. A message gets at most `rate` bytes per second of it; `link` is None for what cannot bind."""
+
+    number: int
+    source: int
+    target: int
+    link: str | None
+    rate: float
+    resources: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Where an outer group attaches, with how many cables; `striped` ones serve one message together."""
+
+    vertex: int
+    cables: float = 1.0
+    striped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A member that is built: its devices in order, and its exits."""
+
+    devices: tuple[int, ...]
+    exits: tuple[Exit, ...]
+
+
+@dataclass(slots=True)
+class Graph:
+    """Vertices, edges (two a wire, in turn) and resources, each by its number."""
+
+    vertices: list[Vertex] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
+    resources: list[Resource] = field(default_factory=list)
+    out: list[list[int]] = field(default_factory=list)
+    through: dict[int, int] = field(default_factory=dict)
+    egress: dict[int, int] = field(default_factory=dict)
+    ingress: dict[int, int] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def devices(self) -> list[int]:
+        """The vertices that compute, in the machine's order."""
+        return [number for number, vertex in enumerate(self.vertices) if vertex.kind == "device"]
+
+    def add(self, vertex: Vertex) -> int:
+        """A new vertex; returns its number."""
+        self.vertices.append(vertex)
+        self.out.append([])
+        self.numbers[vertex.name] = len(self.vertices) - 1
+        return len(self.vertices) - 1
+
+    def resource(self, name: str, capacity: float) -> int:
+        """A new resource; returns its number."""
+        self.resources.append(Resource(name=name, capacity=capacity))
+        return len(self.resources) - 1
+
+    def bound(self, vertex: int, device: Device) -> None:
+        """All that leaves or enters a device passes its `egress` and `ingress`."""
+        for limits, capacity, word in ((self.egress, device.egress, "egress"), (self.ingress, device.ingress, "ingress")):
+            if capacity is not None:
+                limits[vertex] = self.resource(f"{self.vertices[vertex].name} {word}", capacity)
+
+    def wire(self, a: int, b: int, name: str | None, link: Link | None, *, cables: float = 1.0, striped: bool = False) -> None:
+        """Join a and b by `cables` cables of a link; one message has one cable, or all that are `striped`. None: no limit."""
+        shared: tuple[int, ...] = ()
+        if link is not None and link.duplex < 2:
+            both = link.duplex * link.achieved * max(link.bandwidth, link.reverse or 0.0) * cables
+            shared = (self.resource(f"{self._name(a)} <> {self._name(b)}", both),)
+        for source, target, back in ((a, b, False), (b, a, True)):
+            resources, rate = shared, float("inf")
+            if link is not None:
+                cable = link.achieved * (link.reverse if back and link.reverse is not None else link.bandwidth)
+                rate = cable * (cables if striped else min(cables, 1.0))
+                number = self.resource(f"{self._name(source)} > {self._name(target)}", cable * cables)
+                resources = (number, *shared)
+            edge = Edge(number=len(self.edges), source=source, target=target, link=name, rate=rate, resources=resources)
+            self.edges.append(edge)
+            self.out[source].append(edge.number)
+
+    def _name(self, vertex: int) -> str:
+        return self.vertices[vertex].name
+
+    def route(self, source: int, target: int, avoid: frozenset[str] = frozenset()) -> tuple[Edge, ...] | None:
+        """The edges from one device to another: fewest wires, among equals the one whose first wire was made first, and so on.
+
+        Between devices of one node it crosses no NIC, unless there is no other way.
+        """
+        inside = self.vertices[source].host == self.vertices[target].host
+        for nics in (False, True) if inside else (True,):
+            route = self._shortest(source, target, avoid, nics)
+            if route is not None:
+                return route
+        return None
+
+    def _within(self, vertex: int, nics: bool) -> bool:
+        """Whether a route may pass through a vertex."""
+        return self.vertices[vertex].passes_on and (nics or self.vertices[vertex].kind != "nic")
+
+    def _shortest(self, source: int, target: int, avoid: frozenset[str], nics: bool) -> tuple[Edge, ...] | None:
+        distance = self._distances(source, target, avoid, nics)
+        if source not in distance:
+            return None
+        route, here = [], source
+        while here != target:
+            steps = (self.edges[number] for number in self.out[here])
+            onward = [
+                edge
+                for edge in steps
+                if edge.link not in avoid
+                and distance.get(edge.target, len(self.vertices)) == distance[here] - 1
+                and (edge.target == target or self._within(edge.target, nics))
+            ]
+            route.append(onward[0])
+            here = onward[0].target
+        return tuple(route)
+
+    def _distances(self, source: int, target: int, avoid: frozenset[str], nics: bool) -> dict[int, int]:
+        """Wires to `target` from all that lies no further than `source`."""
+        distance, queue = {target: 0}, deque([target])
+        while queue:
+            here = queue.popleft()
+            if here == source:
+                break
+            if here != target and not self._within(here, nics):
+                continue
+            for number in self.out[here]:
+                edge = self.edges[number]
+                if edge.link not in avoid and edge.target not in distance:
+                    distance[edge.target] = distance[here] + 1
+                    queue.append(edge.target)
+        return distance
+
+    def route_resources(self, route: tuple[Edge, ...]) -> tuple[int, ...]:
+        """All that a message on the route shares, in its order: the source's egress, wires, switches, the target's ingress."""
+        if not route:
+            return ()
+        found = [self.egress.get(route[0].source)]
+        for edge in route:
+            found += [*edge.resources, self.through.get(edge.target)]
+        found.append(self.ingress.get(route[-1].target))
+        return tuple(dict.fromkeys(number for number in found if number is not None))

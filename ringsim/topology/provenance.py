@@ -1,0 +1,51 @@
+"""Every figure of a topology, as written, with the source of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .. import units
+from ..yaml_source import Place
+from .figures import OWN, TABLES
+from .layers import Layers
+
+SECTIONS = ("devices", "links", "groups", "machine", "transports")
+FACTORS = ("achieved", "duplex", "speed", "device_share", "slowed_by_compute", "oversubscription", "cores")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A value of the file, as written; `kind` is measured, vendor, guessed or defined, `position` its file and line."""
+
+    key: str
+    text: str
+    kind: str
+    source: str
+    position: str
+
+
+def figures(document: Layers) -> tuple[Figure, ...]:
+    """The quantities, factors and tables of a document, in its order."""
+    found = []
+    for section in SECTIONS:
+        for place, text in _leaves(document.value.get(section), (section,)):
+            kind, _, source = document.sources.get(place, "guessed: nobody says").partition(":")
+            key = ".".join(map(str, place))
+            figure = Figure(key=key, text=text, kind=kind, source=source.strip(), position=document.position(place))
+            found.append(figure)
+    return tuple(found)
+
+
+def _leaves(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
+    key = place[-1]
+    if isinstance(value, dict) and set(value) == OWN:
+        yield place, str(value["value"])
+    elif isinstance(value, list) and key in TABLES:
+        yield place, f"{len(value)} points, {value[0]} to {value[-1]}" if value else "no points"
+    elif isinstance(value, dict | list):
+        for inner, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(item, (*place, inner))
+    elif (isinstance(value, str) and key != "source" and units.dimension(value)) or key in FACTORS:
+        yield place, str(value)

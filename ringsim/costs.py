@@ -99,8 +99,13 @@ def _tables(device: Device, workload: Workload, name: str) -> tuple[tuple[float,
         return ((1.0, known[dims.index(workload.head_dim)][1]),)
     below = [table for dim, table in known if dim < workload.head_dim]
     above = [table for dim, table in known if dim > workload.head_dim]
+    if not device.attention:
+        raise TopologyError(
+            f"{name} has no attention figures: give it an `attention` entry for {workload.dtype} head_dim {workload.head_dim}, "
+            "from a published table or from `ringsim calibrate`"
+        )
     if not below or not above:
-        have = ", ".join(f"{table.dtype} head_dim {table.head_dim}" for table in device.attention) or "none"
+        have = ", ".join(f"{table.dtype} head_dim {table.head_dim}" for table in device.attention)
         raise TopologyError(
             f"{name}: no attention figures for {workload.dtype} head_dim {workload.head_dim} (have: {have}); "
             "calibrate with this --dtype and --head-dim"

@@ -170,6 +170,8 @@ def route(topology: Topology, world_size: int, source: int, target: int) -> Rend
     for rank in (source, target):
         if not 0 <= rank < world_size:
             raise TopologyError(f"rank {rank} is outside a world of {world_size}")
+    if source == target:
+        raise TopologyError(f"a route joins two ranks; {source} and {target} are one")
     ends = placed[source], placed[target]
     names = [topology.graph.vertices[number].name for number in ends]
     table = _table("from", "to", "link", "one message", "shared", right=(3, 4))

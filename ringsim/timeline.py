@@ -17,8 +17,9 @@ class Event:
     """One op of one rank. Times are seconds from the common start.
 
     kind: ``send``, ``recv`` (from post to observed completion), ``wait``, or the kernel's name. `poll_s` is the part of a
-    kernel's time spent driving transfers. A wait is split: `late_s` until the peer has posted too, then `transfer_s` while
-    bytes move and `progress_s` while nothing moves them or nobody has looked (a measured transfer includes the latter).
+    kernel's time spent driving transfers. A wait is split: `late_s` until the peer of the post that ends it has posted, then
+    `transfer_s` while bytes move and `progress_s` while nothing moves them or nobody has looked (a measured transfer
+    includes the latter).
     """
 
     rank: int
@@ -175,8 +176,9 @@ def _split_waits(events: list[Event]) -> list[Event]:
             continue
         done = [key for key in pending[event.rank] if posts[key].end_s <= event.end_s]
         pending[event.rank] = [key for key in pending[event.rank] if posts[key].end_s > event.end_s]
-        peers = [partner[key].start_s for key in done if key in partner and posts[key].end_s >= event.start_s]
-        late = min(max(max(peers, default=event.start_s) - event.start_s, 0.0), event.duration_s)
+        ending = [key for key in done if key in partner and posts[key].end_s >= event.start_s]
+        peer_s = partner[max(ending, key=lambda key: posts[key].end_s)].start_s if ending else event.start_s
+        late = min(max(peer_s - event.start_s, 0.0), event.duration_s)
         result.append(replace(event, late_s=late, transfer_s=event.duration_s - late))
     return result
 

@@ -57,11 +57,18 @@ def parse(text: object, dimension: str) -> float:
     if unit is None:
         raise UnitError(f"{shown(text)} has no unit: write a {dimension} such as {_EXAMPLE[dimension]}")
     if unit not in units:
-        raise UnitError(f"{shown(text)}: {unit!r} is no unit of {dimension}; allowed: {', '.join(units)}")
+        raise UnitError(f"{shown(text)}: {unit!r} is no unit of {dimension}; {_alias(unit, units)}allowed: {', '.join(units)}")
     value = Fraction(number) * units[unit] if len(exponent or "") <= LONGEST_EXPONENT else -1
     if not 0 <= value <= Fraction(sys.float_info.max):
         raise UnitError(f"{shown(text)} is out of range: a {dimension} is finite and not negative")
     return float(value)
+
+
+def _alias(unit: str, units: dict[str, Fraction]) -> str:
+    """A hint for other common spellings: Gb/s and Gbps are bits, GBps are bytes."""
+    match = re.fullmatch(r"([kKMGTP]?)([bB])(?:ps|/s|/sec)", unit)
+    meant = f"{match[1]}{'bit' if match[2] == 'b' else 'B'}/s" if match else ""
+    return f"did you mean {meant!r}? " if meant in units else ""
 
 
 def dimension(text: str) -> str | None:

@@ -35,6 +35,7 @@ machine: {machine}
 """
 ROWS = 64
 BLOCK_NBYTES = ROWS * 64 * 4
+CPU = {"devices.gpu.kind": "cpu", "devices.gpu.cores": 1}
 
 
 def machine(
@@ -167,8 +168,8 @@ def test_polling_pays_for_every_hop_that_offload_hides():
     text = "{join: mesh, link: wire, count: 4, of: gpu}"
     kernel = ROWS * ROWS * 256 / 1e9
     assert kernel > ALONE_S
-    hidden = machine(text, rate="1 GFLOP/s")
-    polled = machine(text, rate="1 GFLOP/s", progress="polling")
+    hidden = machine(text, CPU, rate="1 GFLOP/s")
+    polled = machine(text, CPU, rate="1 GFLOP/s", progress="polling")
     assert exposed_communication_s(ring(4), hidden) == 0
     assert exposed_communication_s(ring(4), polled) == pytest.approx(3 * (2 * 5e-6 + 2 * BLOCK_NBYTES / 1e9), rel=1e-6)
 
@@ -205,7 +206,8 @@ def test_regimes_price_a_message_by_its_size():
 def test_who_drives_a_handshake_is_who_must_look(drives, waits):
     # rank 1 is slow: what it must look at begins only when its kernel ends
     text = "{join: mesh, link: wire, count: 2, of: gpu}"
-    on = machine(text, {"replace": {"gpu-1": "slow"}}, rate="1 GFLOP/s", progress="handshake", transport=f", drives: {drives}")
+    late = CPU | {"replace": {"gpu-1": "slow"}}
+    on = machine(text, late, rate="1 GFLOP/s", progress="handshake", transport=f", drives: {drives}")
     kernel = ROWS * ROWS * 256 / 1e9
     events = [event for event in simulate(ring(2), on).events if event.kind == "recv"]
     ends = {rank: max(event.end_s for event in events if event.rank == rank) for rank in (0, 1)}
@@ -229,6 +231,72 @@ def test_several_ranks_on_a_device_share_it():
     shared = machine(text, {"devices.gpu.inside": "fast"}, rate="1 GFLOP/s", place=[0, 0, 1, 1])
     alone = machine("{join: mesh, link: wire, count: 4, of: gpu}", rate="1 GFLOP/s")
     assert simulate(ring(4), shared).total_s == pytest.approx(2 * simulate(ring(4), alone).total_s, rel=1e-6)
+
+
+@pytest.mark.parametrize("progress", ["offload", "handshake", "thread", "polling"])
+def test_eager_ranks_that_are_alike_stay_alike(progress):
+    text = "{join: mesh, link: wire, count: 4, of: gpu}"
+    timeline = simulate(ring(4), machine(text, CPU, rate="1 GFLOP/s", progress=progress, transport=", eager: 1 MiB"))
+    ends = {max(event.end_s for event in timeline.of_rank(rank) if event.kind == "finish") for rank in range(4)}
+    assert len(ends) == 1
+
+
+@pytest.mark.parametrize("progress", ["offload", "handshake", "thread", "polling"])
+@pytest.mark.parametrize("eager", ["0 B", "1 MiB"])
+def test_a_hop_that_costs_nothing_is_never_slower(progress, eager):
+    text = "{join: mesh, link: wire, count: 4, of: gpu}"
+    late = CPU | {"replace": {"gpu-1": "slow"}}
+    on = machine(text, late, rate="1 GFLOP/s", progress=progress, transport=f", eager: {eager}")
+    assert exposed_communication_s(ring(4), on) >= 0
+
+
+def waits(on, rank):
+    return [event for event in simulate(ring(2), on).of_rank(rank) if event.kind == "wait" and event.duration_s > 0]
+
+
+def test_a_wait_that_copies_k_and_v_is_all_transfer():
+    text, copy = "{join: mesh, link: wire, count: 2, of: gpu}", 5e-6 + BLOCK_NBYTES / 1e9
+    on = machine(text, CPU, progress="polling")
+    events = simulate(ring(2), on).of_rank(0)
+    moved = sum(event.transfer_s + event.poll_s for event in events if event.kind not in ("send", "recv"))
+    assert moved == pytest.approx(2 * copy, rel=1e-6)
+    assert sum(event.progress_s + event.late_s for event in events) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_wait_for_one_who_is_late_is_late_until_it_posts():
+    text, kernel = "{join: mesh, link: wire, count: 2, of: gpu}", ROWS * ROWS * 256 / 1e9
+    on = machine(text, {"replace": {"gpu-1": "slow"}}, rate="1 GFLOP/s", transport=", eager: 0 B")
+    # rank 0 has what it needs for its second kernel, and then must keep its K until nobody reads it: no wait at all
+    assert [wait.late_s for wait in waits(on, 0)] == []
+    three = machine("{join: mesh, link: wire, count: 3, of: gpu}", {"replace": {"gpu-1": "slow"}}, rate="1 GFLOP/s")
+    of_two = [event for event in simulate(ring(3), three).of_rank(2) if event.kind == "wait" and event.duration_s > 0]
+    # rank 2 waits for the second block, which rank 1 passes on when its first kernel of 4 is done
+    assert of_two[0].late_s == pytest.approx(2 * kernel, rel=1e-6)
+    assert sum(wait.transfer_s for wait in of_two[:2]) == pytest.approx(ALONE_S, rel=1e-6)
+
+
+def test_a_copy_does_not_slow_itself():
+    text, kernel = "{join: mesh, link: wire, count: 2, of: gpu}", ROWS * ROWS * 256 / 1e9
+    plain = machine(text, CPU, rate="1 GFLOP/s", progress="polling")
+    slowed = machine(text, CPU, rate="1 GFLOP/s", progress="polling", transport=", slowed_by_compute: 0.5, device_share: 0.5")
+    assert kernel > ALONE_S
+    assert simulate(ring(2), slowed).total_s == close(simulate(ring(2), plain).total_s)
+
+
+def test_a_message_that_is_passed_on_leaves_and_enters_the_device_that_does():
+    on = machine(
+        "{join: ring, link: wire, count: 5, of: gpu}", {"devices.gpu.egress": "500 MB/s", "devices.gpu.ingress": "2 GB/s"}
+    )
+    path = on.path(on.devices[0], on.devices[2])
+    names = [on.graph.resources[number].name for number in path.resources]
+    assert names == [
+        "gpu-0 egress",
+        "gpu-0 > gpu-1",
+        "gpu-1 ingress",
+        "gpu-1 egress",
+        "gpu-1 > gpu-2",
+        "gpu-2 ingress",
+    ]
 
 
 SHAPES = st.sampled_from(

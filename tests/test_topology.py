@@ -175,7 +175,7 @@ FAULTS = [
     ("90 GB/s", "90 GB", "devices.host.memory_bandwidth: '90 GB': 'GB' is no unit of bandwidth; allowed: B/s, kB/s"),
     ("989 TFLOP/s", "989 TB/s", f"{GPU}.peak.bfloat16: '989 TB/s': 'TB/s' is no unit of rate; allowed: FLOP/s"),
     ("400 Gbit/s", '"400"', "links.ndr.bandwidth: '400' has no unit: write a bandwidth such as 450 GB/s or 400 Gbit/s"),
-    ("400 Gbit/s", "0 Gbit/s", "links.ndr.bandwidth: Input should be greater than 0 (found '0 Gbit/s')"),
+    ("400 Gbit/s", "0 Gbit/s", "links.ndr.bandwidth: Input should be greater than or equal to 1 (found '0 Gbit/s')"),
     ("{from: 64 KiB", "{from: 65536", "links.ndr.regimes.1.from: 65536 is a bare number: write a size with its unit"),
     (COPY, "{value: 3 TB/s}", f"{GPU}.{OWN} value"),
     ("{value: 3 TB/s", "{value: 3", f"{GPU}.memory_bandwidth: 3 is a bare number"),
@@ -259,9 +259,9 @@ FAULTS = [
     ("like: gpu", "like: gpu, egress: null", "devices.slow.egress: nothing to remove: what it extends has no such key"),
     ("of: gpu,", "of: node,", "groups.node.of: groups lie within each other more than 16 deep: does one contain itself?"),
     ("{count: 2, link: shm}", "{count: 2, link: sm}", "groups.node.nics.link: no link 'sm'; did you mean 'shm'? allowed: shm"),
-    ("{count: 2, link: shm}", "5", "groups.node.nics: 5 NICs for 4 devices, used: [0, 1, 2, 3]; every NIC has a device"),
+    ("{count: 2, link: shm}", "5", "groups.node.nics: 5 NICs for 4 devices, used: [0, 1, 2, 3]; every NIC needs a device"),
     ("link: shm}", "affinity: [0, 1]}", "groups.node.nics.affinity: names a NIC for each device: 4 devices, 2 given"),
-    ("link: shm}", "affinity: [0, 0, 0, 2]}", "groups.node.nics.affinity: 2 NICs for 4 devices, used: [0, 2]; every NIC has"),
+    ("link: shm}", "affinity: [0, 0, 0, 2]}", "groups.node.nics.affinity: 2 NICs for 4 devices, used: [0, 2]; every NIC needs"),
 ]
 
 
@@ -292,7 +292,7 @@ def test_a_setting_is_a_guess_of_the_one_who_gives_it():
     assert (topology.spec.devices["slow"].memory_bandwidth, topology.spec.replace) == (1e12, {})
     found = figures(topology)
     assert {found[key][1] for key in ("links.ndr.regimes.1.latency", "devices.slow.memory_bandwidth")} == {"guessed"}
-    new = ["links.new.latency={value: 1 us, source: 'measured: me'}", "links.new.bandwidth=1 GB/s"]
+    new = ["links.new={latency: {value: 1 us, source: 'measured: me'}}", "links.new.bandwidth=1 GB/s"]
     found = figures(parse(TEXT, settings=new))
     assert [found[f"links.new.{key}"][1] for key in ("bandwidth", "latency")] == ["guessed", "measured"]
 

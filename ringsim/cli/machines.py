@@ -88,11 +88,13 @@ def show(
 @with_options(MACHINE)
 @click.pass_context
 def check(ctx: click.Context, /, names: tuple[str, ...], **_: Any) -> int:
-    """Say of each MACHINE that it is valid, or what is wrong with it and where; exit 2 if any is wrong."""
+    """Say of each MACHINE, with each of its transports, that it is valid, or what is wrong and where; exit 2 if any is."""
     wrong = 0
     for name in names:
         try:
             made = machine(ctx, name)
+            for transport in made.spec.transports if ctx.params["transport"] is None else ():
+                machine(ctx, name, transport)
         except RingsimError as error:
             wrong += 1
             click.echo(f"{error}", err=True)

@@ -109,13 +109,13 @@ def with_options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[
     return add
 
 
-def machine(ctx: click.Context, name: str) -> topology.Topology:
-    """The machine of a command, with its --set, --place and --transport. Raises TopologyError."""
+def machine(ctx: click.Context, name: str, transport: str | None = None) -> topology.Topology:
+    """The machine of a command, with its --set, --place and --transport, or this transport. Raises TopologyError."""
     given = ctx.params
     place = given["place"]
     if place is not None and place not in ("block", "round-robin"):
         place = [int(word) if word.strip().isdecimal() else word.strip() for word in place.split(",")]
-    return topology.load(name, given["settings"], place=place, transport=given["transport"])
+    return topology.load(name, given["settings"], place=place, transport=transport or given["transport"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

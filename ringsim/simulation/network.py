@@ -59,7 +59,12 @@ class Network:
         self._env = env
         self._topology = topology
         self._devices = devices
-        self._cores = cores
+        # a CPU's own cores copy; beside a GPU the host has cores to spare
+        self._copiers = [
+            pool if topology.device(device).kind == "cpu" else Cores(env, len(cores))
+            for device, pool in zip(devices, cores, strict=True)
+        ]
+        self._threads: list[deque[Transfer]] = [deque() for _ in cores]
         self.free = free
         self.wires = Wires(env, [resource.capacity for resource in topology.graph.resources], devices, cores)
         self._halves: dict[tuple[int, int, int], deque[Posted]] = defaultdict(deque)
@@ -71,14 +76,14 @@ class Network:
         source, target = (rank, op.peer) if isinstance(op, Send) else (op.peer, rank)
         path = self._topology.path(self._devices[source], self._devices[target])
         half = Posted(op, rank, self._env.now, self._env.event(), path)
+        if isinstance(op, Send) and op.region.nbytes <= path.eager_nbytes:
+            self._leave(half)
         waiting = self._halves[source, target, op.tag]
         if waiting and isinstance(waiting[0].op, Send) != isinstance(op, Send):
             other = waiting.popleft()
             self._match(*((half, other) if isinstance(op, Send) else (other, half)))
             return half
         waiting.append(half)
-        if isinstance(op, Send) and op.region.nbytes <= path.eager_nbytes and not self.free:
-            self._leave(half)
         return half
 
     def _match(self, send: Posted, recv: Posted) -> None:
@@ -89,7 +94,9 @@ class Network:
             self._begin(transfer, recv)
             return
         recv.transfer, transfer.recv = transfer, recv
-        if send.path.copied:
+        if self.free:
+            self._complete(transfer)
+        elif send.path.copied:
             transfer.drivers = [recv.rank]
             self._hand(transfer, recv)
         elif transfer.end_s < INFINITE:
@@ -98,7 +105,8 @@ class Network:
     def _leave(self, send: Posted) -> None:
         """An eager message goes without its receiver: hardware takes it there, or the host has put it in a buffer."""
         send.transfer = transfer = Transfer(send.path, send, None, self._env.now, send.op.region.nbytes)
-        if send.path.copied:
+        if send.path.copied or self.free:
+            transfer.start_s = self._env.now
             send.finish(self._env.now)
         else:
             self._carry(transfer)
@@ -117,12 +125,24 @@ class Network:
     def _hand(self, transfer: Transfer, recv: Posted) -> None:
         """To a thread of the rank that drives it, or to the rank itself for its next look."""
         if transfer.path.progress == "thread":
-            self._env.process(self._copy(transfer, self._cores[transfer.drivers[-1]]))
+            self._enqueue(transfer, transfer.drivers[-1])
             return
         rank = transfer.drivers[0]
         self.pending[rank].append(transfer)
         bell, self._bells[rank] = self._bells[rank], self._env.event()
         bell.succeed()
+
+    def _enqueue(self, transfer: Transfer, rank: int) -> None:
+        """A rank has one thread, which copies one message after the other."""
+        queue = self._threads[rank]
+        queue.append(transfer)
+        if len(queue) == 1:
+            self._env.process(self._drain(queue, rank))
+
+    def _drain(self, queue: deque[Transfer], rank: int) -> Generator[simpy.Event, Any, None]:
+        while queue:
+            yield from self._copy(queue[0], rank)
+            queue.popleft()
 
     def bell(self, rank: int) -> simpy.Event:
         """Fires when something arrives that `rank` must look at."""
@@ -139,19 +159,19 @@ class Network:
             elif transfer.path.progress == "handshake":
                 self._carry(transfer)
             else:
-                yield from self._copy(transfer, self._cores[rank])
+                yield from self._copy(transfer, rank)
 
     def _carry(self, transfer: Transfer) -> None:
         transfer.start_s = self._env.now
         target = transfer.send.op.peer
         self.wires.carry(transfer.path, transfer.send.rank, target, transfer.nbytes, lambda: self._complete(transfer))
 
-    def _copy(self, transfer: Transfer, cores: Cores) -> Generator[simpy.Event, Any, None]:
+    def _copy(self, transfer: Transfer, rank: int) -> Generator[simpy.Event, Any, None]:
         """A core copies while the wires carry: it is there when both have done their part."""
         transfer.start_s = self._env.now
         moved = self._env.event()
         self.wires.carry(transfer.path, transfer.send.rank, transfer.send.op.peer, transfer.nbytes, lambda: _succeed(moved))
-        yield cores.start(transfer.path.seconds(transfer.nbytes)).done & moved
+        yield self._copiers[rank].start(transfer.path.seconds(transfer.nbytes)).done & moved
         self._complete(transfer)
 
     def _complete(self, transfer: Transfer) -> None:

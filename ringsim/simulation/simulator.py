@@ -11,7 +11,7 @@ from typing import Any
 
 import simpy
 
-from ..costs import Costs
+from ..costs import Cost, Costs
 from ..errors import ScheduleError
 from ..schedule import Compute, Recv, Schedule, Send, Wait
 from ..timeline import Event, Timeline
@@ -125,27 +125,46 @@ class _Rank:
                 yield from self._compute(op)
 
     def _compute(self, op: Compute) -> Process:
-        """Run, breaking off at the next piece's end whenever something waits to be driven."""
-        start_s, polled_s = self._env.now, 0.0
-        cost = self._costs.cost(op)
-        remaining, piece = cost.seconds, cost.seconds / cost.pieces
-        self._network.wires.computing(self._rank, 1)
+        start_s, cost = self._env.now, self._costs.cost(op)
+        run = self._run if self._costs.device.kind == "cpu" else self._launch
+        polled_s = yield from run(cost)
+        polled_s += yield from self._look()
+        self._record(op, op.kernel, start_s, cpu_s=cost.seconds, poll_s=polled_s)
+
+    def _run(self, cost: Cost) -> Generator[simpy.Event, Any, float]:
+        """On a CPU: break off at the next piece's end whenever something waits to be driven. Returns the seconds that took."""
+        remaining, piece, polled_s = cost.seconds, cost.seconds / cost.pieces, 0.0
         while remaining > 0:
             served = 0.0
+            self._network.wires.computing(self._rank, 1)
             if not self._network.pending[self._rank]:
                 job = self._cores.start(remaining)
                 yield job.done | self._network.bell(self._rank)
-                if job.done.triggered:
-                    break
-                served = self._cores.stop(job)
+                served = remaining if job.done.triggered else self._cores.stop(job)
             to_poll = min(ceil(served / piece) * piece or piece, remaining) - served
             if to_poll > 0:
                 yield self._cores.start(to_poll).done
             remaining -= served + to_poll
+            self._network.wires.computing(self._rank, -1)
             polled_s += yield from self._look()
-        self._network.wires.computing(self._rank, -1)
-        polled_s += yield from self._look()
-        self._record(op, op.kernel, start_s, cpu_s=cost.seconds, poll_s=polled_s)
+        return polled_s
+
+    def _launch(self, cost: Cost) -> Generator[simpy.Event, Any, float]:
+        """On a GPU: the host is free to look while the kernel runs. Returns the seconds that it was busy beyond its end."""
+        job, ended_s = self._cores.start(cost.seconds), []
+        self._network.wires.computing(self._rank, 1)
+
+        def end(_: simpy.Event) -> None:
+            ended_s.append(self._env.now)
+            self._network.wires.computing(self._rank, -1)
+
+        job.done.callbacks.append(end)
+        while not ended_s:
+            if self._network.pending[self._rank]:
+                yield from self._look()
+            if not ended_s:
+                yield job.done | self._network.bell(self._rank)
+        return self._env.now - ended_s[0]
 
     def _look(self) -> Generator[simpy.Event, Any, float]:
         """Drive all that waits to be driven. Returns the seconds that it took."""
@@ -170,10 +189,10 @@ class _Rank:
 
     def _record_wait(self, op: Wait, posts: list[Posted], start_s: float) -> None:
         moves = [(post.done_s, post.transfer) for post in posts if post.transfer is not None]
-        last_s, last = max(moves, key=lambda move: move[0])
+        _, last = max(moves, key=lambda move: move[0])
         duration = self._env.now - start_s
-        late = min(max(max(transfer.matched_s for _, transfer in moves) - start_s, 0.0), duration)
-        moving = max(0.0, last_s - max(last.start_s, start_s + late))
+        late = min(max(last.matched_s - start_s, 0.0), duration)
+        moving = _covered([(max(transfer.start_s, start_s + late), done_s) for done_s, transfer in moves])
         for post in posts:
             self._record_post(self._posts.pop(post.op.id))
         self._record(op, "wait", start_s, late_s=late, transfer_s=moving, progress_s=max(duration - late - moving, 0.0))
@@ -199,3 +218,12 @@ class _Rank:
             rank=self._rank, op=op.id, kind=kind, step=op.step, phase=op.phase, start_s=start_s, end_s=self._env.now, **times
         )
         self.events.append(event)
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of the spans."""
+    total, until = 0.0, 0.0
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total

@@ -81,7 +81,7 @@ class Wires:
 
     def _take(self, load: Load, sign: int) -> None:
         """The device's kernels lose the largest share that a message in flight takes."""
-        if not load.path.device_share:
+        if not load.path.device_share or load.path.copied:
             return
         for device in set(load.ends):
             shares = self._shares[device]
@@ -93,10 +93,11 @@ class Wires:
         return load.path.rate(load.nbytes) * (1.0 - load.path.slowed_by_compute * busy)
 
     def computing(self, rank: int, sign: int) -> None:
-        """A kernel of `rank` begins (1) or ends (-1)."""
+        """A kernel of `rank` begins (1) or ends (-1), or stands still meanwhile."""
         device = self._devices[rank]
+        was = self._computing[device] > 0
         self._computing[device] += sign
-        if self._computing[device] == (sign > 0):
+        if was != (self._computing[device] > 0):
             for load in self._slowed[device]:
                 if load.flow is not None:
                     self._flows.set_cap(load.flow, self._rate(load))

@@ -24,11 +24,12 @@ from .groups import (
     Torus2dJoin,
     Torus3dJoin,
 )
-from .joins import JOIN, inner, nics
+from .joins import JOIN, also, inner, nics
 from .parts import Link
 from .spec import Spec
 
 Plain = str | SwitchJoin | MeshJoin | RingJoin | Torus2dJoin | Torus3dJoin | PcieTreeJoin | RailsJoin | FatTreeJoin | Explicit
+PLAIN = ("switch", "nic")
 LONE = "`count` and `of` alone stand only in a list of members: this needs a `join`"
 MOST_VERTICES = 2**17
 MOST_WIRES = 2**19
@@ -73,19 +74,20 @@ class Builder:
             if item in self.spec.devices:
                 return self.device(item, prefix or item, place, host)
             if item not in self.spec.groups:
-                known = [*self.spec.devices, *self.spec.groups]
+                known = [*self.spec.devices, *self.spec.groups, *(PLAIN if place[-2:-1] == ("members",) else ())]
                 raise self.fault(place, f"no device or group {item!r}; {yaml_source.nearest(item, known)}")
             return self.item(self.spec.groups[item], prefix, ("groups", item), host=host, depth=depth + 1, root=root)
         if isinstance(item, Repeat):
             raise self.fault(place, LONE)
-        host = prefix if item.nics is not None else host
+        host = prefix if item.nics is not None or item.exits else host
         if isinstance(item, Explicit):
             devices, tops = self._explicit(item, prefix, place, host, depth)
         else:
             devices, tops = self._joined(item, prefix, place, host, depth)
+        exits = self._exits(item, devices, tops, prefix, place, left=not root)
         for index, connection in enumerate(item.connect):
             self._connect(connection, prefix, (*place, "connect", index))
-        return Part(devices, self._exits(item, devices, tops, prefix, place, root=root))
+        return Part(devices, exits)
 
     def device(self, kind: str, name: str, place: Place, host: str) -> Part:
         """A device, or what `replace` puts in its place."""
@@ -128,7 +130,7 @@ class Builder:
     def wire(self, a: Exit, b: int, name: str, place: Place, cables: float = 1.0) -> None:
         """Join an exit to a vertex by a link."""
         self.room(1, place)
-        self.graph.wire(a.vertex, b, name, self.link(name, place), cables=a.cables * cables, striped=a.striped)
+        self.graph.wire(a.vertex, b, name, self.link(name, place), cables=a.cables * cables, stripe=a.stripe)
 
     def members(self, group: Joined, prefix: str, place: Place, host: str, depth: int) -> list[Part]:
         """The members of a group, each named by what it is and its index."""
@@ -157,6 +159,8 @@ class Builder:
     def _joined(self, group: Joined, prefix: str, place: Place, host: str, depth: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         parts = self.members(group, prefix, place, host, depth)
         tops = JOIN[type(group)](self, group, parts, prefix, place)
+        for index, extra in enumerate(group.also):
+            also(self, extra, parts, prefix, (*place, "also", index))
         return tuple(device for part in parts for device in part.devices), tuple(tops)
 
     def _explicit(
@@ -165,10 +169,11 @@ class Builder:
         devices: list[int] = []
         for name, item in group.members.items():
             full, where = inner(prefix, name), (*place, "members", name)
-            if item == "switch" and item not in self.spec.groups and item not in self.spec.devices:
-                self.vertex(full, "switch", where, host=host)
+            if item in PLAIN and item not in self.spec.groups and item not in self.spec.devices:
+                self.vertex(full, "nic" if item == "nic" else "switch", where, host=host)
             else:
-                devices += self.item(item, full, where, host=host, depth=depth + 1).devices
+                # its wires may all be those of `connect`
+                devices += self.item(item, full, where, host=host, depth=depth + 1, root=True).devices
         return tuple(devices), ()
 
     def named(self, name: str, prefix: str, place: Place) -> int:
@@ -187,9 +192,9 @@ class Builder:
         self.wire(Exit(a), b, connection.link, place, float(connection.cables))
 
     def _exits(
-        self, group: Group, devices: tuple[int, ...], tops: tuple[int, ...], prefix: str, place: Place, *, root: bool
+        self, group: Group, devices: tuple[int, ...], tops: tuple[int, ...], prefix: str, place: Place, *, left: bool
     ) -> tuple[Exit, ...]:
-        if isinstance(group, Explicit) and group.exits:
+        if group.exits:
             return tuple(Exit(self.named(name, prefix, (*place, "exits", index))) for index, name in enumerate(group.exits))
         if group.nics is not None:
             return nics(self, group.nics, group, devices, prefix=prefix, place=(*place, "nics"))
@@ -199,7 +204,7 @@ class Builder:
                     place, f"`uplinks` leave from a group's one switch, and this has {len(tops) or 'none'}: give `nics`"
                 )
             return (Exit(tops[0], float(group.uplinks)),)
-        if root:
+        if not left:
             return ()
-        ways = "`exits`, `nics`" if isinstance(group, Explicit) else "`nics`, or `uplinks` from its switch"
+        ways = "`nics`, the `exits` that it names, or `uplinks` from its switch"
         raise self.fault(place, f"a group within another says how it is left: {ways}")

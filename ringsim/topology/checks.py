@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import combinations_with_replacement
 
+import pydantic
+
 from ..units import shown
-from ..yaml_source import Document, nearest
+from ..yaml_source import Document, Place, nearest
 from .graph import Graph
 from .spec import FORMAT, Spec
+
+LINKS = ("link", "uplink", "socket", "spine", "trunk")
+INNER = ("of", "members", "nics", "also", "connect")
+PLAIN = "switch nic"
 
 
 def version(document: Document) -> None:
@@ -36,6 +42,35 @@ def names(spec: Spec, document: Document) -> None:
     for name, device in spec.devices.items():
         if device.inside is not None and device.inside not in spec.links:
             raise document.fail(("devices", name, "inside"), f"no link {device.inside!r}; {nearest(device.inside, known)}")
+
+
+def groups(spec: Spec, document: Document) -> None:
+    """Raise the document's error if a named group, in use or not, names a link, device or group that there is not."""
+    for name, item in spec.groups.items():
+        for place, kind, found in _names(item, ("groups", name)):
+            known = list(spec.links) if kind == "link" else [*spec.devices, *spec.groups, *kind.split()]
+            if found not in known:
+                what = "link" if kind == "link" else "device or group"
+                raise document.fail(place, f"no {what} {found!r}; {nearest(found, known)}")
+
+
+def _names(item: object, place: Place) -> Iterator[tuple[Place, str, str]]:
+    """Where a group names something, whether a link or a member (and which plain members it may have), and the name."""
+    if isinstance(item, str):
+        yield place, PLAIN if place[-2:-1] == ("members",) else "", item
+    elif isinstance(item, list | tuple):
+        for index, inner in enumerate(item):
+            yield from _names(inner, (*place, index))
+    elif isinstance(item, dict):
+        for key, inner in item.items():
+            yield from _names(inner, (*place, key))
+    elif isinstance(item, pydantic.BaseModel):
+        for key in type(item).model_fields:
+            value = getattr(item, key)
+            if key in LINKS and value is not None:
+                yield (*place, key), "link", value
+            elif key in INNER:
+                yield from _names(value, (*place, key))
 
 
 def routes(graph: Graph, avoid: frozenset[str], document: Document) -> None:

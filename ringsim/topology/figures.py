@@ -77,10 +77,10 @@ Source = Annotated[str, pydantic.BeforeValidator(_source), pydantic.WithJsonSche
 _time, _size, _bandwidth, _rate = map(_quantity, ("time", "size", "bandwidth", "rate"))
 Time = Annotated[float, _time[0], _time[1]]
 Size = Annotated[float, _size[0], _size[1]]
-Bandwidth = Annotated[float, _bandwidth[0], pydantic.Field(gt=0), _bandwidth[1]]
-Rate = Annotated[float, _rate[0], pydantic.Field(gt=0), _rate[1]]
+# below one byte or FLOP a second, times would not be finite
+Bandwidth = Annotated[float, _bandwidth[0], pydantic.Field(ge=1), _bandwidth[1]]
+Rate = Annotated[float, _rate[0], pydantic.Field(ge=1), _rate[1]]
 Plain = Annotated[float, pydantic.Field(strict=True, allow_inf_nan=False)]
-Number = Annotated[Plain, pydantic.BeforeValidator(_own_source), _schema({"type": "number"})]
 Fraction = Annotated[
     float,
     pydantic.Field(strict=True, allow_inf_nan=False, gt=0, le=1),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from .parts import Device, Link
@@ -50,11 +52,11 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """Where an outer group attaches, with how many cables; `striped` ones serve one message together."""
+    """Where an outer group attaches, with how many cables, of which one message has `stripe`."""
 
     vertex: int
     cables: float = 1.0
-    striped: bool = False
+    stripe: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Graph:
     egress: dict[int, int] = field(default_factory=dict)
     ingress: dict[int, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
+    nics: dict[int, frozenset[int]] = field(default_factory=dict)
+    own: dict[int, frozenset[int]] = field(default_factory=dict)
 
     @property
     def devices(self) -> list[int]:
@@ -101,17 +105,17 @@ class Graph:
             if capacity is not None:
                 limits[vertex] = self.resource(f"{self.vertices[vertex].name} {word}", capacity)
 
-    def wire(self, a: int, b: int, name: str | None, link: Link | None, *, cables: float = 1.0, striped: bool = False) -> None:
-        """Join a and b by `cables` cables of a link; one message has one cable, or all that are `striped`. None: no limit."""
+    def wire(self, a: int, b: int, name: str | None, link: Link | None, *, cables: float = 1.0, stripe: float = 1.0) -> None:
+        """Join a and b by `cables` cables of a link, of which one message has `stripe`. None: no limit."""
         shared: tuple[int, ...] = ()
         if link is not None and link.duplex < 2:
             both = link.duplex * link.achieved * max(link.bandwidth, link.reverse or 0.0) * cables
             shared = (self.resource(f"{self._name(a)} <> {self._name(b)}", both),)
         for source, target, back in ((a, b, False), (b, a, True)):
-            resources, rate = shared, float("inf")
+            resources, rate = shared, inf
             if link is not None:
                 cable = link.achieved * (link.reverse if back and link.reverse is not None else link.bandwidth)
-                rate = cable * (cables if striped else min(cables, 1.0))
+                rate = cable * min(cables, stripe)
                 number = self.resource(f"{self._name(source)} > {self._name(target)}", cable * cables)
                 resources = (number, *shared)
             edge = Edge(number=len(self.edges), source=source, target=target, link=name, rate=rate, resources=resources)
@@ -121,48 +125,60 @@ class Graph:
     def _name(self, vertex: int) -> str:
         return self.vertices[vertex].name
 
-    def route(self, source: int, target: int, avoid: frozenset[str] = frozenset()) -> tuple[Edge, ...] | None:
-        """The edges from one device to another: fewest wires, among equals the one whose first wire was made first, and so on.
+    def attach(self, nics: Mapping[int, frozenset[int]]) -> None:
+        """Devices and the NICs that they use; the others of their node are not for them."""
+        every = frozenset().union(*nics.values())
+        for device, own in nics.items():
+            self.nics[device] = self.nics.get(device, frozenset()) | every
+            self.own[device] = self.own.get(device, frozenset()) | own
 
-        Between devices of one node it crosses no NIC, unless there is no other way.
+    def route(self, source: int, target: int, avoid: frozenset[str] = frozenset()) -> tuple[Edge, ...] | None:
+        """The edges from one device to another: fewest wires; among equals the widest; then the one whose first wire was made
+        first, and so on.
+
+        Between devices of one node it crosses no NIC, and elsewhere none of another device, unless there is no other way.
         """
+        own, near = (found.get(source, frozenset()) | found.get(target, frozenset()) for found in (self.own, self.nics))
         inside = self.vertices[source].host == self.vertices[target].host
-        for nics in (False, True) if inside else (True,):
-            route = self._shortest(source, target, avoid, nics)
+        for closed in dict.fromkeys((near if inside else near - own, near - own, frozenset[int]())):
+            route = self._shortest(source, target, avoid, closed)
             if route is not None:
                 return route
         return None
 
-    def _within(self, vertex: int, nics: bool) -> bool:
-        """Whether a route may pass through a vertex."""
-        return self.vertices[vertex].passes_on and (nics or self.vertices[vertex].kind != "nic")
-
-    def _shortest(self, source: int, target: int, avoid: frozenset[str], nics: bool) -> tuple[Edge, ...] | None:
-        distance = self._distances(source, target, avoid, nics)
+    def _shortest(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> tuple[Edge, ...] | None:
+        distance = self._distances(source, target, avoid, closed)
         if source not in distance:
             return None
+        width, onward = {target: inf}, dict[int, Edge]()
+        for here in distance:
+            if here == target or distance[here] > distance[source] or (distance[here] == distance[source] and here != source):
+                continue
+            for edge in map(self.edges.__getitem__, self.out[here]):
+                if edge.link in avoid or distance.get(edge.target) != distance[here] - 1 or edge.target not in width:
+                    continue
+                if min(edge.rate, width[edge.target]) > width.get(here, 0.0):
+                    width[here], onward[here] = min(edge.rate, width[edge.target]), edge
+            if here != source and not self._passes(here, closed):
+                width.pop(here, None)
         route, here = [], source
         while here != target:
-            steps = (self.edges[number] for number in self.out[here])
-            onward = [
-                edge
-                for edge in steps
-                if edge.link not in avoid
-                and distance.get(edge.target, len(self.vertices)) == distance[here] - 1
-                and (edge.target == target or self._within(edge.target, nics))
-            ]
-            route.append(onward[0])
-            here = onward[0].target
+            route.append(onward[here])
+            here = onward[here].target
         return tuple(route)
 
-    def _distances(self, source: int, target: int, avoid: frozenset[str], nics: bool) -> dict[int, int]:
-        """Wires to `target` from all that lies no further than `source`."""
+    def _passes(self, vertex: int, closed: frozenset[int]) -> bool:
+        """Whether a route may pass through a vertex."""
+        return self.vertices[vertex].passes_on and vertex not in closed
+
+    def _distances(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> dict[int, int]:
+        """Wires to `target` from all that lies no further than `source`, the nearest first."""
         distance, queue = {target: 0}, deque([target])
         while queue:
             here = queue.popleft()
             if here == source:
                 break
-            if here != target and not self._within(here, nics):
+            if here != target and not self._passes(here, closed):
                 continue
             for number in self.out[here]:
                 edge = self.edges[number]
@@ -172,11 +188,8 @@ class Graph:
         return distance
 
     def route_resources(self, route: tuple[Edge, ...]) -> tuple[int, ...]:
-        """All that a message on the route shares, in its order: the source's egress, wires, switches, the target's ingress."""
-        if not route:
-            return ()
-        found = [self.egress.get(route[0].source)]
+        """All that a message on the route shares, in its order: wires, switches, egress and ingress of all that it passes."""
+        found: list[int | None] = []
         for edge in route:
-            found += [*edge.resources, self.through.get(edge.target)]
-        found.append(self.ingress.get(route[-1].target))
+            found += [self.egress.get(edge.source), *edge.resources, self.through.get(edge.target), self.ingress.get(edge.target)]
         return tuple(dict.fromkeys(number for number in found if number is not None))

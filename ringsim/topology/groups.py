@@ -57,21 +57,30 @@ class Group(Strict):
     source: Source | None = None
     nics: Nics | None = None
     uplinks: Count | None = None
+    exits: tuple[Text, ...] = ()
     connect: tuple[Connection, ...] = ()
 
     @pydantic.model_validator(mode="after")
     def _one_way_out(self) -> Self:
-        if len([way for way in (getattr(self, "exits", ()), self.nics, self.uplinks) if way]) > 1:
+        if len([way for way in (self.exits, self.nics, self.uplinks) if way]) > 1:
             raise ValueError("a group is left by `exits`, by `nics` or by `uplinks`: give one of them")
         return self
 
 
+class Also(Strict):
+    """A second fabric between the same members: one more switch, or a link per pair."""
+
+    join: Literal["switch", "mesh"]
+    link: Name
+
+
 class Joined(Group):
-    """`count` members alike, or a list of members."""
+    """`count` members alike, or a list of members; `also` more fabrics between them."""
 
     count: Count | None = None
     of: Member
     link: Name
+    also: tuple[Also, ...] = ()
 
     @pydantic.model_validator(mode="after")
     def _counted(self) -> Self:
@@ -175,7 +184,6 @@ class Explicit(Group):
 
     join: Literal["explicit"]
     members: dict[Name, Item]
-    exits: tuple[Text, ...] = ()
 
 
 class Repeat(Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..yaml_source import Place
 from .graph import Exit, Part
 from .groups import (
+    Also,
     FatTreeJoin,
     Group,
     MeshJoin,
@@ -112,8 +113,7 @@ def rails(build: Builder, group: RailsJoin, parts: Parts, prefix: str, place: Pl
         return tuple(switches)
     spine = build.vertex(inner(prefix, "spine"), "switch", place)
     for index, centre in enumerate(switches):
-        cables = sum(part.exits[index].cables for part in parts)
-        _trunk(build, group, centre, spine, cables=cables, trunk=group.spine, place=place)
+        _trunk(build, group, Bundle(centre, spine, group.spine), [part.exits[index] for part in parts], place)
     return (spine,)
 
 
@@ -121,26 +121,35 @@ def fat_tree(build: Builder, group: FatTreeJoin, parts: Parts, prefix: str, plac
     """Members to leaf switches, leaves to a spine; one leaf alone needs none."""
     leaves = []
     for begin in range(0, len(parts), group.leaf):
-        leaves.append(build.vertex(inner(prefix, f"leaf-{begin // group.leaf}"), "switch", place))
-        for exit_ in (exit_ for part in parts[begin : begin + group.leaf] for exit_ in part.exits):
-            build.wire(exit_, leaves[-1], group.link, (*place, "link"))
+        centre = build.vertex(inner(prefix, f"leaf-{begin // group.leaf}"), "switch", place)
+        leaves.append((centre, [exit_ for part in parts[begin : begin + group.leaf] for exit_ in part.exits]))
+        for exit_ in leaves[-1][1]:
+            build.wire(exit_, centre, group.link, (*place, "link"))
     if len(leaves) == 1:
-        return tuple(leaves)
+        return (leaves[0][0],)
     spine = build.vertex(inner(prefix, "spine"), "switch", place)
-    cables = sum(exit_.cables for part in parts[: group.leaf] for exit_ in part.exits)
-    for leaf in leaves:
-        _trunk(build, group, leaf, spine, cables=cables, trunk=group.trunk or group.link, place=place)
+    for leaf, exits in leaves:
+        _trunk(build, group, Bundle(leaf, spine, group.trunk or group.link), exits, place)
     return (spine,)
 
 
-def _trunk(
-    build: Builder, group: RailsJoin | FatTreeJoin, leaf: int, spine: int, *, cables: float, trunk: str, place: Place
-) -> None:
-    """A bundle that carries what `cables` cables of the group's link bring, over its oversubscription."""
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The cables of a link between a leaf or rail and the spine."""
+
+    leaf: int
+    spine: int
+    link: str
+
+
+def _trunk(build: Builder, group: RailsJoin | FatTreeJoin, trunk: Bundle, exits: Sequence[Exit], place: Place) -> None:
+    """A bundle that carries what the exits bring, over its oversubscription; a message has as many cables as at its exit."""
     key = "spine" if isinstance(group, RailsJoin) else "trunk"
-    below, above = build.link(group.link, (*place, "link")), build.link(trunk, (*place, key))
-    brought = cables * below.bandwidth * below.achieved / (group.oversubscription or 1.0)
-    build.wire(Exit(leaf), spine, trunk, (*place, key), brought / (above.bandwidth * above.achieved))
+    below, above = build.link(group.link, (*place, "link")), build.link(trunk.link, (*place, key))
+    brought = sum(exit_.cables for exit_ in exits) * below.bandwidth * below.achieved / (group.oversubscription or 1.0)
+    stripe = max((exit_.stripe for exit_ in exits), default=1.0)
+    cables = brought / (above.bandwidth * above.achieved)
+    build.wire(Exit(trunk.leaf, cables, stripe), trunk.spine, trunk.link, (*place, key))
 
 
 def _alike(build: Builder, parts: Parts, place: Place) -> None:
@@ -162,8 +171,8 @@ def nics(build: Builder, spec: Nics, group: Group, devices: tuple[int, ...], *, 
     if set(affinity) != set(range(spec.count)):
         raise build.fault(
             (*place, "affinity") if spec.affinity else place,
-            f"{spec.count} NICs for {len(devices)} devices, used: {sorted(set(affinity))}; every NIC has a device, and messages "
-            "of one device use one NIC: give it the cables of several with `stripe`",
+            f"{spec.count} NICs for {len(devices)} devices, used: {sorted(set(affinity))}; every NIC needs a device: change the "
+            "number of NICs with that of devices, or, if one device has several, give one NIC their cables with `stripe`",
         )
     exits = []
     for index in range(spec.count):
@@ -178,8 +187,21 @@ def nics(build: Builder, spec: Nics, group: Group, devices: tuple[int, ...], *, 
                 build.graph.wire(end, number, None, None)
             else:
                 build.wire(Exit(end), number, spec.link, (*place, "link"))
-        exits.append(Exit(number, float(spec.stripe), striped=True))
+        exits.append(Exit(number, float(spec.stripe), float(spec.stripe)))
+    build.graph.attach({device: frozenset({exits[nic].vertex}) for device, nic in zip(devices, affinity, strict=True)})
     return tuple(exits)
+
+
+def also(build: Builder, extra: Also, parts: Parts, prefix: str, place: Place) -> None:
+    """A second fabric between the same members; its switch has the name of its link."""
+    exits = [exit_ for part in parts for exit_ in part.exits]
+    if extra.join == "mesh":
+        for one, other in combinations(exits, 2):
+            build.wire(one, other.vertex, extra.link, (*place, "link"))
+        return
+    centre = build.vertex(inner(prefix, extra.link), "switch", place)
+    for exit_ in exits:
+        build.wire(exit_, centre, extra.link, (*place, "link"))
 
 
 JOIN: dict[type[Group], Callable[[Builder, Any, Parts, str, Place], Tops]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .figures import OWN, TABLES
 from .spec import Spec
 
 MOST_LAYERS = 8
+PARTS = ("devices", "links", "groups")
 WHAT_IF = "guessed: what if, "
 Settings = Mapping[str, object] | Iterable[str]
 
@@ -65,8 +67,7 @@ class Layers(Document):
     def put(self, place: Place, other: Layers, origin: Place) -> None:
         """Put what `other` has at `origin` at `place`, with its lines and sources."""
         if place:
-            if not isinstance(self.at(place[:-1]), list):
-                self.drop(place)
+            self.drop(place)
             self.at(place[:-1])[place[-1]] = _copy(other.at(origin))
         else:
             self.value = _copy(other.at(origin))
@@ -161,7 +162,10 @@ def _extended(document: Document, above: tuple[str, ...]) -> Layers:
 def _pairs(settings: Settings) -> Iterable[tuple[str, str, object]]:
     """What was said, the key, and its value."""
     if isinstance(settings, Mapping):
-        yield from ((f"--set {key}={value}", key, value) for key, value in settings.items())
+        for key, value in settings.items():
+            if not isinstance(key, str):
+                raise TopologyError(f"settings: {units.shown(key)} is no key such as 'nodes' or 'links.ndr.latency'")
+            yield f"--set {key}={value}", key, _plain(value)
         return
     for text in settings:
         key, equals, value = text.partition("=")
@@ -175,11 +179,27 @@ def _set(layers: Layers, said: str, key: str, value: object) -> None:
     words, place = _words(layers, said, key), Place()
     for word in words:
         above, place = layers.at(place), (*place, _part(layers.at(place), word))
-        if problem := _closed(above, place):
+        if problem := _closed(above, place) or _unknown(layers, place, words):
             raise TopologyError(f"{said}: {problem}")
         if layers.at(place) is None and len(place) < len(words):
             layers.put(place, Layers(Document(said, TopologyError, {}, {(): 0})), ())
-    layers.put(place, Layers(Document(said, TopologyError, value, {(): 0}), WHAT_IF + said), ())
+    if value is None and layers.at(place) is None:
+        raise TopologyError(f"{said}: nothing to remove: there is no {'.'.join(map(str, place))}")
+    if value is None and isinstance(layers.at(place[:-1]), dict):
+        layers.drop(place)
+    else:
+        layers.put(place, Layers(Document(said, TopologyError, value, {(): 0}), WHAT_IF + said), ())
+
+
+def _plain(value: Any) -> Any:
+    """A Python value as YAML has it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
 def _words(layers: Layers, said: str, key: str) -> list[str]:
@@ -205,6 +225,14 @@ def _closed(above: Any, place: Place) -> str | None:
     if (isinstance(above, dict) and set(above) == OWN) or (isinstance(above, list) and place[-2] in TABLES):
         return f"{where} is one figure with its source: set {where} itself"
     return None
+
+
+def _unknown(layers: Layers, place: Place, words: list[str]) -> str | None:
+    """Why a part that is to be changed is not there; a whole one may be set anew."""
+    if len(place) != 2 or len(words) == 2 or place[0] not in PARTS or layers.at(place) is not None:
+        return None
+    known = layers.at(place[:1])
+    return f"no {str(place[0]).removesuffix('s')} {place[1]!r}; {yaml_source.nearest(str(place[1]), list(known or ()))}"
 
 
 def _part(value: Any, word: str) -> str | int:

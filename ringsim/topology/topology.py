@@ -73,7 +73,7 @@ class Topology:
             counts = ", ".join(self.spec.counts) or "count"
             raise TopologyError(
                 f"{self.name} has room for {len(slots)} ranks, not {world_size}: enlarge it with --set ({counts}), or put "
-                "several ranks on a device with --place 0,0,1,1,..."
+                "several ranks on a device with --place 0,0,1,1,... (which then needs an `inside` link)"
             )
         count = len(self.devices)
         if self.spec.place == "round-robin":
@@ -90,6 +90,10 @@ class Topology:
         hosts: dict[str, list[int]] = defaultdict(list)
         for number in slots:
             hosts[self.graph.vertices[number].host].append(number)
+        if len(hosts) == 1 and len(self.devices) > 1:
+            raise TopologyError(
+                "round-robin goes over hosts (groups with `nics` or `exits`, CPUs), and all devices are on one: use a list"
+            )
         deepest = max(map(len, hosts.values()))
         return tuple(of_host[turn] for turn in range(deepest) for of_host in hosts.values() if turn < len(of_host))
 
@@ -122,7 +126,10 @@ class Topology:
         if source == target:
             inside = self.device(source).inside
             if inside is None:
-                raise TopologyError(f"{self.name}: two ranks share {names[0]}, which names no `inside` link between them")
+                kind = self.graph.vertices[source].device
+                raise TopologyError(
+                    f"{self.name}: two ranks share {names[0]}, which names no link between them: set devices.{kind}.inside"
+                )
             link = self.spec.links[inside]
             rate = link.bandwidth * link.achieved
             return (Edge(number=-1, source=source, target=target, link=inside, rate=rate, resources=()),), ()
@@ -176,6 +183,7 @@ def compile_document(
     spec = yaml_source.load(whole, Spec, {"counts": known})
     checks.names(spec, whole)
     graph = Builder(spec, whole).machine()
+    checks.groups(spec, whole)
     topology = Topology(spec=spec, graph=graph, figures=figures(whole), devices=tuple(graph.devices))
     checks.routes(graph, frozenset(topology.transport.avoid), whole)
     try:

@@ -217,3 +217,11 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependency, match=r"pip install 'ringsim\[plots\]'"):
         drawing.draw(load("ideal"), tmp_path / "machine.png")
+
+
+def test_a_second_fabric_is_named_in_the_boxes_that_it_joins(tmp_path):
+    tree = "join: pcie-tree, link: pcie5, per_switch: 2, uplink: pcie5, count: 4, of: h100"
+    for join, words in (("switch", "nvlink4 to a switch"), ("mesh", "nvlink4 to each")):
+        machine = load("dgx-h100", [f"machine={{{tree}, also: [{{join: {join}, link: nvlink4}}]}}"])
+        drawing.draw(machine, tmp_path / "machine.svg")
+        assert (tmp_path / "machine.svg").read_text().count(words) == 4

@@ -38,7 +38,7 @@ class Part:
 
     `alike` is equal for parts that look the same. `tiers` lead from the members outward; `samples` show in detail what the
     members show as closed boxes; a closed group has its content in `hides`. `chain`: each member joins the next. `told`: a NIC
-    names its devices instead of wires to them. x, y, w, h are inches, from the lower left corner.
+    names its devices instead of wires to them. `quiet`: links that a box names in words. x, y, w, h are inches, from the lower left corner.
     """
 
     kind: Kind
@@ -58,6 +58,7 @@ class Part:
     arcs: bool = False
     even: bool = False
     told: bool = False
+    quiet: frozenset[str] = frozenset()
     members: list[Part] = field(default_factory=list)
     tiers: list[list[Part]] = field(default_factory=list)
     nics: list[Part] = field(default_factory=list)
@@ -92,6 +93,9 @@ class Part:
         for part in self.walk():
             part.x += dx
             part.y += dy
+
+
+ALSO = {"switch": "to a switch", "mesh": "to each"}
 
 
 def near(graph: Graph, vertex: int) -> list[int]:
@@ -129,7 +133,12 @@ class _Reader:
             raise TypeError(f"{name}: a list has no place of its own")
         part = Part("group", label, words.about(item))
         part.members = [self.part(*member) for member in _members(item, name)]
+        extra = item.also if isinstance(item, Joined) else ()
         own = [self._box(number, self._last(number)) for number in self._own[name]]
+        own = [box for box in own if box.label not in {fabric.link for fabric in extra}]
+        for member in part.members if extra else ():
+            member.quiet = frozenset(fabric.link for fabric in extra)
+            member.lines += tuple((f"{fabric.link} {ALSO[fabric.join]}", fabric.link) for fabric in extra)
         part.nics = [box for box in own if box.kind == "nic"]
         _ARRANGE[type(item)](self, item, part, [box for box in own if box.kind == "switch"])
         for nic in part.nics if part.form != "tiers" else ():

@@ -45,7 +45,7 @@ def collect(topology: Topology, drawn: Part) -> list[Wire]:
     for scope in scopes:
         for edge in topology.graph.edges[::2]:
             a, b = scope.get(edge.source), scope.get(edge.target)
-            if a is None or b is None or a is b:
+            if a is None or b is None or a is b or edge.link in a.quiet & b.quiet:
                 continue
             if _told(topology, a, edge.target) or _told(topology, b, edge.source):
                 continue

@@ -38,7 +38,8 @@ class Part:
 
     `alike` is equal for parts that look the same. `tiers` lead from the members outward; `samples` show in detail what the
     members show as closed boxes; a closed group has its content in `hides`. `chain`: each member joins the next. `told`: a NIC
-    names its devices instead of wires to them. `quiet`: links that a box names in words. x, y, w, h are inches, from the lower left corner.
+    names its devices instead of wires to them. `quiet`: links that a box names in words. x, y, w, h are inches, from the lower
+    left corner.
     """
 
     kind: Kind

@@ -136,15 +136,15 @@ class Graph:
         """The edges from one device to another: fewest wires; among equals the widest; then the one whose first wire was made
         first, and so on.
 
-        Between devices of one node it crosses no NIC; elsewhere it leaves and enters by the devices' own. Where that cannot be, it
-        enters by its target's own (as NCCL's PXN does), else by any.
+        Between devices of one node it crosses no NIC; elsewhere it leaves and enters by the devices' own. Where that cannot be,
+        it enters by its target's own (as NCCL's PXN does), else by any.
         """
         none = frozenset[int]()
         own = self.own.get(source, none) | self.own.get(target, none)
         behind, ahead = self.nics.get(source, none), self.nics.get(target, none)
         inside = self.vertices[source].host == self.vertices[target].host
         tiers = ((behind | ahead) - own, ahead - own, none)
-        for closed in dict.fromkeys(((behind | ahead, *tiers) if inside else tiers)):
+        for closed in dict.fromkeys((behind | ahead, *tiers) if inside else tiers):
             route = self._shortest(source, target, avoid, closed)
             if route is not None:
                 return route

@@ -11,7 +11,7 @@ from .. import report
 from ..schedule.grid import LEGEND, grid
 from ..simulation import simulate as simulate_schedule
 from .options import MACHINE, OUTPUT, WORKLOAD, Tokens, machine, plan, with_options
-from .session import check_outputs, console, write_outputs
+from .session import check_outputs, console, progress, write_outputs
 
 MOST_RANKS_AS_TEXT = 256
 
@@ -30,8 +30,10 @@ def simulate(
     world_size = ranks or len(on.slots)
     check_outputs(json_path, trace_path)
     schedule = job.schedule(world_size)
-    timeline = simulate_schedule(schedule, on)
-    exposed_s = timeline.total_s - simulate_schedule(schedule, on, free_hops=True).total_s
+    with progress("simulating", 2) as advance:
+        timeline = simulate_schedule(schedule, on)
+        advance("simulating, with hops that cost nothing")
+        exposed_s = timeline.total_s - simulate_schedule(schedule, on, free_hops=True).total_s
     console().print(report.prediction(schedule, timeline, exposed_s))
     facts = {"schedule": schedule.inputs(), "predicted": timeline.to_dict() | {"exposed_wall_s": exposed_s}}
     write_outputs(json_path, trace_path, facts, {f"predicted on {on.name}": timeline})

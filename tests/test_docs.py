@@ -97,3 +97,12 @@ def test_the_schema_takes_what_ringsim_takes(name):
     assert [(fault.json_path, fault.message) for fault in validator.iter_errors(plain)] == []
     plain["links"] = {name: link | {"bandwidth": 450} for name, link in plain["links"].items()}
     assert not validator.is_valid(plain)
+
+
+def test_the_schema_takes_what_removes_from_a_file_that_is_extended():
+    validator = jsonschema.Draft202012Validator(schema())
+    head = {"ringsim": 2, "name": "less", "source": "guessed: without", "extends": "dgx-h100-cluster"}
+    for less in ({"links": {"ndr": None}}, {"links": {"ndr": {"achieved": None}}}, {"counts": {"nodes": None}}, {"place": None}):
+        assert validator.is_valid(head | less), less
+    assert not validator.is_valid(head | {"links": {"ndr": {"achived": None}}})
+    assert not validator.is_valid({"ringsim": 2})

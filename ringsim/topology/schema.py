@@ -18,12 +18,26 @@ def schema() -> dict[str, Any]:
         parts[name].pop("required", None)
     _short(parts, "Nics", parts["Nics"]["properties"]["count"])
     _short(parts, "Connection", {"type": "array", "items": {"type": "string"}, "minItems": 3, "maxItems": 3})
+    removable = [*made["properties"].values(), *(field for name in PARTIAL for field in parts[name]["properties"].values())]
+    for field in removable:
+        _removable(field)
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"ringsim topology, version {FORMAT}",
         "description": "A machine for ringsim: devices, links, how they are joined, and the transport on them.",
     }
     return head | {key: value for key, value in made.items() if key not in head} | {"required": ["ringsim", "name", "source"]}
+
+
+def _removable(field: dict[str, Any]) -> None:
+    """`null` removes what a file extends: an entry of a mapping, or a key."""
+    if "patternProperties" in field:
+        field["patternProperties"] = {
+            name: {"anyOf": [one, {"type": "null"}]} for name, one in field["patternProperties"].items()
+        }
+    elif "const" not in field:
+        plain = {key: field.pop(key) for key in list(field) if key not in ("default", "title", "description")}
+        field["anyOf"] = [plain, {"type": "null"}]
 
 
 def _short(parts: dict[str, Any], name: str, form: dict[str, Any]) -> None:

@@ -182,6 +182,7 @@ def test_a_drawing_is_the_same_in_every_process(suffix, tmp_path):
         subprocess.run(
             [sys.executable, "-c", code, str(path)],
             check=True,
+            cwd=tmp_path,
             stdin=subprocess.DEVNULL,
             env=os.environ | {"PYTHONHASHSEED": seed},
         )

@@ -51,7 +51,10 @@ class Transfer:
 
 
 class Network:
-    """Matches posts and moves what they name. With `free` a message costs nothing from the moment both sides have posted."""
+    """Matches posts and moves what they name. With `free` a message costs nothing from the moment both sides have posted.
+
+    `driven`: whether ranks have to look for anything to move.
+    """
 
     def __init__(
         self, env: simpy.Environment, topology: Topology, devices: Sequence[int], cores: Sequence[Cores], *, free: bool = False
@@ -66,6 +69,8 @@ class Network:
         ]
         self._threads: list[deque[Transfer]] = [deque() for _ in cores]
         self.free = free
+        kinds = {topology.transport.progress, *(route.progress for route in topology.transport.paths.values())}
+        self.driven = not free and bool(kinds & {"handshake", "polling"})
         self.wires = Wires(env, [resource.capacity for resource in topology.graph.resources], devices, cores)
         self._halves: dict[tuple[int, int, int], deque[Posted]] = defaultdict(deque)
         self.pending: list[deque[Transfer]] = [deque() for _ in cores]

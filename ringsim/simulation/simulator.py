@@ -159,6 +159,8 @@ class _Rank:
             self._network.wires.computing(self._rank, -1)
 
         job.done.callbacks.append(end)
+        if not self._network.driven:
+            yield job.done
         while not ended_s:
             if self._network.pending[self._rank]:
                 yield from self._look()
@@ -176,6 +178,8 @@ class _Rank:
         start_s = self._env.now
         posts = [self._posts[post] for post in op.posts]
         look_s = 0.0 if self._free else max(post.path.look_s for post in posts)
+        if not self._network.driven:
+            yield from self._sleep(posts, look_s)
         while missing := [post.done for post in posts if not post.done.triggered]:
             if not self._network.pending[self._rank]:
                 yield self._env.all_of(missing) | self._network.bell(self._rank)
@@ -186,6 +190,14 @@ class _Rank:
                 if not all(post.done.triggered for post in posts):
                     yield from self._look()
         self._record_wait(op, posts, start_s)
+
+    def _sleep(self, posts: list[Posted], look_s: float) -> Process:
+        """Wait where nobody has to look: one event after the other, which is much cheaper than all at once."""
+        missing = [post.done for post in posts if not post.done.triggered]
+        for done in missing:
+            yield done
+        if missing and look_s:
+            yield self._env.timeout(look_s)
 
     def _record_wait(self, op: Wait, posts: list[Posted], start_s: float) -> None:
         moves = [(post.done_s, post.transfer) for post in posts if post.transfer is not None]

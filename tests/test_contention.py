@@ -250,6 +250,17 @@ def test_a_hop_that_costs_nothing_is_never_slower(progress, eager):
     assert exposed_communication_s(ring(4), on) >= 0
 
 
+@pytest.mark.parametrize("progress", ["handshake", "polling", "thread"])
+@pytest.mark.parametrize("drives", ["receiver", "sender"])
+@pytest.mark.parametrize("device", [{}, CPU], ids=["gpu", "cpu"])
+def test_who_comes_first_within_an_instant_makes_no_difference(progress, drives, device):
+    text = "{join: mesh, link: wire, count: 4, of: gpu}"
+    on = machine(text, device, rate="1 TFLOP/s", progress=progress, transport=f", look: 3 us, drives: {drives}")
+    timeline = simulate(ring(4), on)
+    ends = [max(event.end_s for event in timeline.of_rank(rank)) for rank in range(4)]
+    assert ends == [close(ends[0])] * 4
+
+
 def waits(on, rank):
     return [event for event in simulate(ring(2), on).of_rank(rank) if event.kind == "wait" and event.duration_s > 0]
 
@@ -281,6 +292,12 @@ def test_a_copy_does_not_slow_itself():
     slowed = machine(text, CPU, rate="1 GFLOP/s", progress="polling", transport=", slowed_by_compute: 0.5, device_share: 0.5")
     assert kernel > ALONE_S
     assert simulate(ring(2), slowed).total_s == close(simulate(ring(2), plain).total_s)
+    uneven = CPU | {"replace": {"gpu-1": "slow"}}
+    times = {
+        simulate(ring(2), machine(text, uneven, rate="1 GFLOP/s", progress="thread", transport=extra)).total_s
+        for extra in ("", ", slowed_by_compute: 0.5", ", device_share: 0.5")
+    }
+    assert len(times) == 1
 
 
 def test_a_message_that_is_passed_on_leaves_and_enters_the_device_that_does():

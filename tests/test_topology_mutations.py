@@ -314,17 +314,25 @@ def built(machine):
     return build.Builder(yaml_source.load(whole, Spec), whole).machine(), whole
 
 
-def steps(graph, source, target, avoid, *, nics):
+def steps(graph, source, target, avoid, *, closed):
     """The fewest wires from one to the other, by flooding; None where there is no way."""
     seen, edge, count = {source}, {source}, 0
     while edge and target not in edge:
         wired = {
             graph.edges[number].target for here in edge for number in graph.out[here] if graph.edges[number].link not in avoid
         }
-        through = {v for v in wired if v == target or (graph.vertices[v].passes_on and (nics or graph.vertices[v].kind != "nic"))}
+        through = {v for v in wired if v == target or (graph.vertices[v].passes_on and v not in closed)}
         edge, count = through - seen, count + 1
         seen |= edge
     return count if edge else None
+
+
+def closed_nics(graph, source, target):
+    """The NICs of groups that hold both ends, each group's only one: no way for them, unless there is no other."""
+    nics = {number: vertex.name.removesuffix("nic-0") for number, vertex in enumerate(graph.vertices) if vertex.kind == "nic"}
+    ends = [graph.vertices[end].name for end in (source, target)]
+    yield {nic for nic, group in nics.items() if all(name.startswith(group) for name in ends)}
+    yield set()
 
 
 def check_routes(graph, document, avoid):
@@ -332,9 +340,8 @@ def check_routes(graph, document, avoid):
     unreachable = False
     for source, target in permutations(graph.devices, 2):
         route = graph.route(source, target, avoid)
-        same = graph.vertices[source].host == graph.vertices[target].host
-        inside = steps(graph, source, target, avoid, nics=False) if same else None
-        fewest = steps(graph, source, target, avoid, nics=True) if inside is None else inside
+        ways = (steps(graph, source, target, avoid, closed=closed) for closed in closed_nics(graph, source, target))
+        fewest = next((way for way in ways if way is not None), None)
         unreachable |= fewest is None
         assert (route and len(route)) == fewest
         if route:

@@ -90,6 +90,50 @@ def test_a_striped_nic_keeps_its_cables_across_trunks(join):
     assert rate(on, "node-0/gpu-0", "node-1/gpu-1") == 100e9
 
 
+def test_a_message_has_its_stripe_over_uplinks_too():
+    node = "{join: switch, link: nvlink, count: 2, of: gpu, nics: {count: 1, stripe: 4}, name: node}"
+    for uplinks, expected in ((1, 25e9), (4, 100e9), (8, 100e9)):
+        pod = f"{{join: switch, link: net, count: 2, of: {node}, uplinks: {uplinks}, name: pod}}"
+        on = machine(f"join: switch, link: net, count: 2, of: {pod}")
+        assert rate(on, "pod-0/node-0/gpu-0", "pod-1/node-1/gpu-1") == expected
+
+
+@pytest.mark.parametrize("way", ["exits: [switch]", "uplinks: 2"])
+def test_boards_within_a_node_meet_inside_it(way):
+    board = f"{{join: switch, link: nvlink, count: 2, of: gpu, {way}, name: board}}"
+    join = "mesh" if "exits" in way else "switch"
+    node = f"{{join: {join}, link: upi, count: 2, of: {board}, nics: {{count: 1, link: pcie}}, name: node}}"
+    on = machine(f"join: switch, link: net, count: 2, of: {node}", place="round-robin")
+    between = route(on, "node-0/board-0/gpu-0", "node-0/board-1/gpu-0")
+    assert not any("nic" in name for name in between)
+    names = [on.graph.vertices[number].name for number in on.place(4)]
+    assert [name.split("/")[0] for name in names] == ["node-0", "node-1", "node-0", "node-1"]
+
+
+def test_a_plain_nic_is_no_way_round_within_its_node():
+    on = machine(
+        "join: explicit, members: {a: gpu, b: gpu, r: switch, s: switch, n: nic}, "
+        "connect: [[a, r, pcie], [b, s, pcie], [r, s, upi], [a, n, pcie], [b, n, pcie]]"
+    )
+    assert route(on, "a", "b") == ["r", "s"]
+
+
+def test_the_nics_of_a_pcie_tree_of_groups_hang_on_its_switches():
+    pair = "{join: switch, link: nvlink, count: 2, of: gpu, uplinks: 1, name: pair}"
+    node = f"{{join: pcie-tree, link: pcie, per_switch: 1, uplink: pcie, count: 4, of: {pair}, nics: 4, name: node}}"
+    on = machine(f"join: switch, link: net, count: 2, of: {node}")
+    way = route(on, "node-0/pair-2/gpu-1", "node-1/pair-2/gpu-1")
+    assert way[:3] == ["node-0/pair-2/switch", "node-0/switch-2", "node-0/nic-2"]
+
+
+def test_a_second_mesh_joins_members_nic_to_nic():
+    node = "{join: switch, link: nvlink, count: 2, of: gpu, nics: 2, name: node}"
+    on = machine(f"join: rails, link: net, count: 3, of: {node}, also: [{{join: mesh, link: upi}}]")
+    wires = {found.name for found in on.graph.resources if "nic" in found.name and ">" in found.name and "rail" not in found.name}
+    assert "node-0/nic-0 > node-1/nic-0" in wires
+    assert not any("nic-0 >" in name and name.endswith("nic-1") for name in wires)
+
+
 def test_a_mesh_of_leaf_switches_is_left_by_the_exits_that_it_names():
     leaf = "{join: switch, link: net, count: 2, of: gpu, uplinks: 2, name: leaf}"
     group = f"{{join: mesh, link: net, count: 3, of: {leaf}, exits: [leaf-0/switch, leaf-1/switch, leaf-2/switch], name: group}}"

@@ -157,14 +157,21 @@ class Network:
         """What a poll of `rank` does: pass on, hand to the hardware, or copy all that waits for it."""
         pending = self.pending[rank]
         while pending:
-            transfer = pending.popleft()
-            del transfer.drivers[0]
-            if transfer.drivers and transfer.recv is not None:
-                self._hand(transfer, transfer.recv)
-            elif transfer.path.progress == "handshake":
-                self._carry(transfer)
-            else:
+            copies = [transfer for transfer in pending if not self._pass_on(transfer)]
+            pending.clear()
+            for transfer in copies:
                 yield from self._copy(transfer, rank)
+
+    def _pass_on(self, transfer: Transfer) -> bool:
+        """What a look costs nothing for: the next one must look too, or hardware takes over."""
+        del transfer.drivers[0]
+        if transfer.drivers and transfer.recv is not None:
+            self._hand(transfer, transfer.recv)
+            return True
+        if transfer.path.progress == "handshake":
+            self._carry(transfer)
+            return True
+        return False
 
     def _carry(self, transfer: Transfer) -> None:
         transfer.start_s = self._env.now

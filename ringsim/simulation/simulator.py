@@ -180,21 +180,22 @@ class _Rank:
         look_s = 0.0 if self._free else max(post.path.look_s for post in posts)
         if not self._network.driven:
             yield from self._sleep(posts, look_s)
-        while missing := [post.done for post in posts if not post.done.triggered]:
-            if not self._network.pending[self._rank]:
+        while not all(post.done.triggered for post in posts):
+            # what else happens at this instant must not depend on which rank comes first
+            yield rest(self._env)
+            missing = [post.done for post in posts if not post.done.triggered]
+            if missing and self._network.pending[self._rank]:
+                yield from self._look()
+            elif missing:
                 yield self._env.all_of(missing) | self._network.bell(self._rank)
                 if look_s:
                     yield self._env.timeout(look_s)
-            if self._network.pending[self._rank]:
-                yield rest(self._env)
-                if not all(post.done.triggered for post in posts):
-                    yield from self._look()
         self._record_wait(op, posts, start_s)
 
     def _sleep(self, posts: list[Posted], look_s: float) -> Process:
         """Wait where nobody has to look: one event after the other, which is much cheaper than all at once."""
         missing = [post.done for post in posts if not post.done.triggered]
-        for done in missing:
+        for done in missing:  # noqa: UP028 - SimPy sends values in, and a list takes none
             yield done
         if missing and look_s:
             yield self._env.timeout(look_s)

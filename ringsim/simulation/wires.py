@@ -66,7 +66,7 @@ class Wires:
             self.carried[number] += load.nbytes
         self._take(load, 1)
         load.flow = self._flows.start(load.nbytes, load.path.resources, self._rate(load), lambda: self._land(lane))
-        if load.path.slowed_by_compute:
+        if load.path.slowed_by_compute and not load.path.copied:
             for device in load.ends:
                 self._slowed[device][load] = None
 
@@ -89,7 +89,7 @@ class Wires:
             self._cores[device].set_speed(1.0 - max((share for share, number in shares.items() if number), default=0.0))
 
     def _rate(self, load: Load) -> float:
-        busy = any(self._computing[device] for device in load.ends)
+        busy = not load.path.copied and any(self._computing[device] for device in load.ends)
         return load.path.rate(load.nbytes) * (1.0 - load.path.slowed_by_compute * busy)
 
     def computing(self, rank: int, sign: int) -> None:

@@ -46,6 +46,8 @@ class Builder:
         self._document = document
         self._replaced: set[str] = set()
         self._ranks = 0
+        self.seats: dict[int, int] = {}
+        """In a PCIe tree, the switch of each device."""
 
     def machine(self) -> Graph:
         """The whole graph."""
@@ -79,7 +81,8 @@ class Builder:
             return self.item(self.spec.groups[item], prefix, ("groups", item), host=host, depth=depth + 1, root=root)
         if isinstance(item, Repeat):
             raise self.fault(place, LONE)
-        host = prefix if item.nics is not None or item.exits else host
+        if item.nics is not None or (isinstance(item, Explicit) and item.exits and not host):
+            host = prefix
         if isinstance(item, Explicit):
             devices, tops = self._explicit(item, prefix, place, host, depth)
         else:
@@ -87,7 +90,17 @@ class Builder:
         exits = self._exits(item, devices, tops, prefix, place, left=not root)
         for index, connection in enumerate(item.connect):
             self._connect(connection, prefix, (*place, "connect", index))
+        if isinstance(item, Explicit):
+            self._attach(item, devices, prefix)
         return Part(devices, exits)
+
+    def _attach(self, group: Explicit, devices: tuple[int, ...], prefix: str) -> None:
+        """Plain NICs belong to the devices that are wired to them."""
+        numbers = [self.graph.numbers[inner(prefix, name)] for name, item in group.members.items() if item == "nic"]
+        nics = frozenset(number for number in numbers if self.graph.vertices[number].kind == "nic")
+        near = {device: frozenset(self.graph.edges[number].target for number in self.graph.out[device]) for device in devices}
+        if nics:
+            self.graph.attach(nics, {device: nics & found for device, found in near.items()})
 
     def device(self, kind: str, name: str, place: Place, host: str) -> Part:
         """A device, or what `replace` puts in its place."""
@@ -156,16 +169,20 @@ class Builder:
             raise self.fault(place, LONE)
         return item
 
-    def _joined(self, group: Joined, prefix: str, place: Place, host: str, depth: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _joined(
+        self, group: Joined, prefix: str, place: Place, host: str, depth: int
+    ) -> tuple[tuple[int, ...], tuple[Exit, ...]]:
         parts = self.members(group, prefix, place, host, depth)
         tops = JOIN[type(group)](self, group, parts, prefix, place)
         for index, extra in enumerate(group.also):
             also(self, extra, parts, prefix, (*place, "also", index))
-        return tuple(device for part in parts for device in part.devices), tuple(tops)
+        stripe = max((exit_.stripe for part in parts for exit_ in part.exits), default=1.0)
+        devices = tuple(device for part in parts for device in part.devices)
+        return devices, tuple(Exit(top, stripe=stripe) for top in tops)
 
     def _explicit(
         self, group: Explicit, prefix: str, place: Place, host: str, depth: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ) -> tuple[tuple[int, ...], tuple[Exit, ...]]:
         devices: list[int] = []
         for name, item in group.members.items():
             full, where = inner(prefix, name), (*place, "members", name)
@@ -192,7 +209,7 @@ class Builder:
         self.wire(Exit(a), b, connection.link, place, float(connection.cables))
 
     def _exits(
-        self, group: Group, devices: tuple[int, ...], tops: tuple[int, ...], prefix: str, place: Place, *, left: bool
+        self, group: Group, devices: tuple[int, ...], tops: tuple[Exit, ...], prefix: str, place: Place, *, left: bool
     ) -> tuple[Exit, ...]:
         if group.exits:
             return tuple(Exit(self.named(name, prefix, (*place, "exits", index))) for index, name in enumerate(group.exits))
@@ -203,7 +220,7 @@ class Builder:
                 raise self.fault(
                     place, f"`uplinks` leave from a group's one switch, and this has {len(tops) or 'none'}: give `nics`"
                 )
-            return (Exit(tops[0], float(group.uplinks)),)
+            return (Exit(tops[0].vertex, float(group.uplinks), min(tops[0].stripe, float(group.uplinks))),)
         if not left:
             return ()
         ways = "`nics`, the `exits` that it names, or `uplinks` from its switch"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
@@ -79,7 +79,7 @@ class Graph:
     egress: dict[int, int] = field(default_factory=dict)
     ingress: dict[int, int] = field(default_factory=dict)
     numbers: dict[str, int] = field(default_factory=dict)
-    nics: dict[int, frozenset[int]] = field(default_factory=dict)
+    nics: dict[int, list[frozenset[int]]] = field(default_factory=dict)
     own: dict[int, frozenset[int]] = field(default_factory=dict)
 
     @property
@@ -125,12 +125,12 @@ class Graph:
     def _name(self, vertex: int) -> str:
         return self.vertices[vertex].name
 
-    def attach(self, nics: Mapping[int, frozenset[int]]) -> None:
-        """Devices and the NICs that they use; the others of their node are not for them."""
-        every = frozenset().union(*nics.values())
-        for device, own in nics.items():
-            self.nics[device] = self.nics.get(device, frozenset()) | every
-            self.own[device] = self.own.get(device, frozenset()) | own
+    def attach(self, nics: Iterable[int], own: Mapping[int, frozenset[int]]) -> None:
+        """A group's NICs, and those of them that each of its devices uses; the others are not for it."""
+        every = frozenset(nics)
+        for device, mine in own.items():
+            self.nics.setdefault(device, []).append(every)
+            self.own[device] = self.own.get(device, frozenset()) | mine
 
     def route(self, source: int, target: int, avoid: frozenset[str] = frozenset()) -> tuple[Edge, ...] | None:
         """The edges from one device to another: fewest wires; among equals the widest; then the one whose first wire was made
@@ -141,10 +141,10 @@ class Graph:
         """
         none = frozenset[int]()
         own = self.own.get(source, none) | self.own.get(target, none)
-        behind, ahead = self.nics.get(source, none), self.nics.get(target, none)
-        inside = self.vertices[source].host == self.vertices[target].host
-        tiers = ((behind | ahead) - own, ahead - own, none)
-        for closed in dict.fromkeys((behind | ahead, *tiers) if inside else tiers):
+        behind, ahead = self.nics.get(source, []), self.nics.get(target, [])
+        shared = none.union(*(nics for nics in behind if nics in ahead))
+        others = none.union(*behind, *ahead) - own
+        for closed in dict.fromkeys((shared | others, others, none.union(*ahead) - own, none)):
             route = self._shortest(source, target, avoid, closed)
             if route is not None:
                 return route

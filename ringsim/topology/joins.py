@@ -92,6 +92,7 @@ def pcie_tree(build: Builder, group: PcieTreeJoin, parts: Parts, prefix: str, pl
     for index in range(count):
         centre = build.vertex(inner(prefix, f"switch-{index}"), "switch", place)
         for part in parts[index * group.per_switch : (index + 1) * group.per_switch]:
+            build.seats |= dict.fromkeys(part.devices, centre)
             for exit_ in part.exits:
                 build.wire(exit_, centre, group.link, (*place, "link"))
         build.wire(Exit(centre), roots[index * group.roots // count], group.uplink, (*place, "uplink"))
@@ -179,28 +180,27 @@ def nics(build: Builder, spec: Nics, group: Group, devices: tuple[int, ...], *, 
         number = build.vertex(inner(prefix, f"nic-{index}"), "nic", place, host=prefix)
         mine = [device for device, nic in zip(devices, affinity, strict=True) if nic == index]
         if isinstance(group, PcieTreeJoin):
-            mine = list(
-                dict.fromkeys(build.graph.edges[build.graph.out[device][0]].target for device in mine if build.graph.out[device])
-            )
+            mine = list(dict.fromkeys(build.seats[device] for device in mine))
         for end in mine:
             if spec.link is None:
                 build.graph.wire(end, number, None, None)
             else:
                 build.wire(Exit(end), number, spec.link, (*place, "link"))
         exits.append(Exit(number, float(spec.stripe), float(spec.stripe)))
-    build.graph.attach({device: frozenset({exits[nic].vertex}) for device, nic in zip(devices, affinity, strict=True)})
+    own = {device: frozenset({exits[nic].vertex}) for device, nic in zip(devices, affinity, strict=True)}
+    build.graph.attach((exit_.vertex for exit_ in exits), own)
     return tuple(exits)
 
 
 def also(build: Builder, extra: Also, parts: Parts, prefix: str, place: Place) -> None:
     """A second fabric between the same members; its switch has the name of its link."""
-    exits = [exit_ for part in parts for exit_ in part.exits]
     if extra.join == "mesh":
-        for one, other in combinations(exits, 2):
-            build.wire(one, other.vertex, extra.link, (*place, "link"))
+        _alike(build, parts, place)
+        for one, other in combinations(parts, 2):
+            _pair(build, one, other, extra.link, place)
         return
     centre = build.vertex(inner(prefix, extra.link), "switch", place)
-    for exit_ in exits:
+    for exit_ in (exit_ for part in parts for exit_ in part.exits):
         build.wire(exit_, centre, extra.link, (*place, "link"))
 
 

@@ -193,9 +193,11 @@ def _set(layers: Layers, said: str, key: str, value: object) -> None:
 
 def _plain(value: Any) -> Any:
     """A Python value as YAML has it."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return [_plain(item) for item in value]
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)

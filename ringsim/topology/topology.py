@@ -91,9 +91,7 @@ class Topology:
         for number in slots:
             hosts[self.graph.vertices[number].host].append(number)
         if len(hosts) == 1 and len(self.devices) > 1:
-            raise TopologyError(
-                "round-robin goes over hosts (groups with `nics` or `exits`, CPUs), and all devices are on one: use a list"
-            )
+            raise TopologyError("round-robin goes over hosts (groups with `nics`, CPUs), and all devices are on one: use a list")
         deepest = max(map(len, hosts.values()))
         return tuple(of_host[turn] for turn in range(deepest) for of_host in hosts.values() if turn < len(of_host))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ringsim.errors import TopologyError
-from ringsim.topology import parse
+from ringsim.topology import load, parse
 
 TEXT = """\
 ringsim: 2
@@ -218,3 +218,33 @@ def test_an_item_of_a_list_that_was_set_has_the_source_of_the_setting():
         found = [figure for figure in on.figures if ".attention.0." in figure.key]
         assert len(found) == 4
         assert all(said in figure.source and figure.kind == "guessed" for figure in found)
+
+
+BASE = "ringsim: 2\nname: base\n{source}devices:\n  gpu: {{kind: gpu, memory_bandwidth: 1 TB/s{own}}}\n"
+BASE += "transports: {{direct: {{progress: offload}}}}\nmachine: gpu\n"
+TOP = "ringsim: 2\nname: top\nsource: 'vendor: its datasheet'\nextends: base.yaml\ndevices: {gpu: {source: 'measured: me'}}\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "own", "line", "found"),
+    [
+        ("", "", 4, "found ''"),
+        ("source: somebody said\n", "", 5, "found 'somebody said'"),
+        ("source: 'vendor: x'\n", ", source: 'heard: y'", 5, "found 'heard: y'"),
+    ],
+)
+def test_a_source_further_up_does_not_speak_for_the_figures_of_a_file_below(source, own, line, found, tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE.format(source=source, own=own))
+    (tmp_path / "top.yaml").write_text(TOP)
+    with pytest.raises(TopologyError) as caught:
+        load(tmp_path / "top.yaml")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/base.yaml:{line}: devices.gpu.memory_bandwidth: a source says what kind it is")
+    assert message.endswith(found)
+
+
+def test_a_figure_that_a_file_below_has_sourced_keeps_that_source(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE.format(source="source: 'guessed: base'\n", own=""))
+    (tmp_path / "top.yaml").write_text(TOP)
+    (figure,) = load(tmp_path / "top.yaml").figures
+    assert (figure.kind, figure.source, figure.position) == ("guessed", "base", f"{tmp_path}/base.yaml:5")

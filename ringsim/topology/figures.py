@@ -20,7 +20,8 @@ _PATTERN: Final = {
 }
 
 
-def _source(text: object) -> object:
+def check_source(text: object) -> object:
+    """The text, if it is a source. Raises ValueError."""
     if isinstance(text, str) and not _SOURCE.fullmatch(text):
         kinds = ", ".join(f"'{kind}: ...'" for kind in KINDS)
         raise ValueError(f"a source says what kind it is and where from: {kinds}; found {units.shown(text)}")
@@ -35,7 +36,7 @@ def _own_source(value: object) -> object:
         raise ValueError(
             f"a figure with its own source is {{value: ..., source: 'measured: ...'}}, found keys {', '.join(value) or 'none'}"
         )
-    _source(str(value["source"]))
+    check_source(str(value["source"]))
     return value["value"]
 
 
@@ -73,7 +74,7 @@ def _ascending(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float, fl
 
 
 SOURCE_SCHEMA: Final = {"type": "string", "pattern": f"^({'|'.join(KINDS)}): *\\S", "description": "kind: where from"}
-Source = Annotated[str, pydantic.BeforeValidator(_source), pydantic.WithJsonSchema(SOURCE_SCHEMA)]
+Source = Annotated[str, pydantic.BeforeValidator(check_source), pydantic.WithJsonSchema(SOURCE_SCHEMA)]
 _time, _size, _bandwidth, _rate = map(_quantity, ("time", "size", "bandwidth", "rate"))
 Time = Annotated[float, _time[0], _time[1]]
 Size = Annotated[float, _size[0], _size[1]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import units
 from ..yaml_source import Place
-from .figures import OWN, TABLES
+from .figures import OWN, TABLES, check_source
 from .layers import Layers
 
 SECTIONS = ("devices", "links", "groups", "machine", "transports")
@@ -27,15 +27,25 @@ class Figure:
 
 
 def figures(document: Layers) -> tuple[Figure, ...]:
-    """The quantities, factors and tables of a document, in its order."""
+    """The quantities, factors and tables of a document, in its order.
+
+    Raises TopologyError for one without a source in its own file: what lies above in a file that extends it says nothing of it.
+    """
     found = []
     for section in SECTIONS:
         for place, text in _leaves(document.value.get(section), (section,)):
-            kind, _, source = document.sources.get(place, "guessed: nobody says").partition(":")
+            kind, _, source = _source(document, place).partition(":")
             key = ".".join(map(str, place))
             figure = Figure(key=key, text=text, kind=kind, source=source.strip(), position=document.position(place))
             found.append(figure)
     return tuple(found)
+
+
+def _source(document: Layers, place: Place) -> str:
+    try:
+        return str(check_source(document.sources.get(place, "")))
+    except ValueError as problem:
+        raise document.fail(place, str(problem)) from None
 
 
 def _leaves(value: Any, place: Place) -> Iterator[tuple[Place, str]]:

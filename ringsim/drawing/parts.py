@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ..topology import Topology
 from ..topology.graph import Graph
 from ..topology.groups import (
+    PLAIN,
     Explicit,
     FatTreeJoin,
     Group,
@@ -127,7 +128,7 @@ class _Reader:
         if isinstance(item, str):
             if item in self._topology.spec.devices:
                 return self._box(self._graph.numbers[name or item], label or item)
-            if item == "switch" and item not in self._topology.spec.groups:
+            if item in PLAIN and item not in self._topology.spec.groups:
                 return self._box(self._graph.numbers[name], label)
             return self.part(self._topology.spec.groups[item], name, label)
         if not isinstance(item, Group):

@@ -9,6 +9,7 @@ from ..errors import TopologyError
 from ..yaml_source import Document, Place
 from .graph import Exit, Graph, Kind, Part, Vertex
 from .groups import (
+    PLAIN,
     Connection,
     Explicit,
     FatTreeJoin,
@@ -29,7 +30,6 @@ from .parts import Link
 from .spec import Spec
 
 Plain = str | SwitchJoin | MeshJoin | RingJoin | Torus2dJoin | Torus3dJoin | PcieTreeJoin | RailsJoin | FatTreeJoin | Explicit
-PLAIN = ("switch", "nic")
 LONE = "`count` and `of` alone stand only in a list of members: this needs a `join`"
 MOST_VERTICES = 2**17
 MOST_WIRES = 2**19

@@ -11,11 +11,11 @@ import pydantic
 from ..units import shown
 from ..yaml_source import Document, Place, nearest
 from .graph import Graph
+from .groups import PLAIN
 from .spec import FORMAT, Spec
 
 LINKS = ("link", "uplink", "socket", "spine", "trunk")
 INNER = ("of", "members", "nics", "also", "connect")
-PLAIN = "switch nic"
 
 
 def version(document: Document) -> None:
@@ -48,16 +48,17 @@ def groups(spec: Spec, document: Document) -> None:
     """Raise the document's error if a named group, in use or not, names a link, device or group that there is not."""
     for name, item in spec.groups.items():
         for place, kind, found in _names(item, ("groups", name)):
-            known = list(spec.links) if kind == "link" else [*spec.devices, *spec.groups, *kind.split()]
+            known = list(spec.links) if kind == "link" else [*spec.devices, *spec.groups]
+            known += PLAIN if kind == "part" else ()
             if found not in known:
                 what = "link" if kind == "link" else "device or group"
                 raise document.fail(place, f"no {what} {found!r}; {nearest(found, known)}")
 
 
 def _names(item: object, place: Place) -> Iterator[tuple[Place, str, str]]:
-    """Where a group names something, whether a link or a member (and which plain members it may have), and the name."""
+    """Where a group names something; whether a `link`, a `member`, or a `part`, which may be a plain one; and the name."""
     if isinstance(item, str):
-        yield place, PLAIN if place[-2:-1] == ("members",) else "", item
+        yield place, "part" if place[-2:-1] == ("members",) else "member", item
     elif isinstance(item, list | tuple):
         for index, inner in enumerate(item):
             yield from _names(inner, (*place, index))

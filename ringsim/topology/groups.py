@@ -180,7 +180,7 @@ class FatTreeJoin(Joined):
 
 
 class Explicit(Group):
-    """Named members (`switch` is a plain one) and the links between them; an outer group attaches to `exits`."""
+    """Named members (`switch` and `nic` are plain ones) and the links between them; an outer group attaches to `exits`."""
 
     join: Literal["explicit"]
     members: dict[Name, Item]
@@ -205,6 +205,8 @@ MODELS: dict[str, type[pydantic.BaseModel]] = {
     "explicit": Explicit,
     "repeat": Repeat,
 }
+PLAIN = ("switch", "nic")
+"""Members of an explicit group that are neither device nor group."""
 JOINS = tuple(name for name in MODELS if name != "repeat")
 
 

@@ -134,7 +134,8 @@ class _Reader:
         if not isinstance(item, Group):
             raise TypeError(f"{name}: a list has no place of its own")
         part = Part("group", label, words.about(item))
-        part.members = [self.part(*member) for member in _members(item, name)]
+        # a plain NIC is among the group's own below
+        part.members = [box for box in (self.part(*member) for member in _members(item, name)) if box.kind != "nic"]
         extra = item.also if isinstance(item, Joined) else ()
         own = [self._box(number, self._last(number)) for number in self._own[name]]
         own = [box for box in own if box.label not in {fabric.link for fabric in extra}]

@@ -58,19 +58,10 @@ class _Scratch:
 
     @classmethod
     def make(cls, blocking: Blocking, width: int, dtype: np.dtype[Any]) -> _Scratch:
-        q_rows, k_rows = blocking.q_rows, blocking.k_rows
-        return cls(
-            scores=np.empty(q_rows * k_rows, dtype),
-            hidden=np.empty(blocking.edge_rows * k_rows, np.bool_),
-            before=np.empty(blocking.edge_rows * k_rows, np.bool_),
-            queries=np.empty(q_rows * width, dtype),
-            product=np.empty(q_rows * width, dtype),
-            row_max=np.empty(q_rows, dtype),
-            row_sum=np.empty(q_rows, dtype),
-            factor=np.empty(q_rows, dtype),
-            ones=np.ones(k_rows, dtype),
-            columns=np.arange(k_rows, dtype=np.int32),
-        )
+        made = cls(**{name: np.empty(size, kind or dtype) for name, (size, kind) in blocking.scratch(width).items()})
+        made.ones.fill(1)
+        made.columns[:] = np.arange(blocking.k_rows)
+        return made
 
 
 POLL_S = 5e-4
@@ -144,6 +135,12 @@ class NumpyBackend:
         self._scratch: dict[tuple[str, int, int], _Scratch] = {}
         self._half: dict[str, Array] = {}
         self._kernels = {"reset": self._reset, "attend": self._attend, "finish": self._finish}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scratch held now, over all threads."""
+        scratch = (getattr(one, name) for one in self._scratch.values() for name in one.__dataclass_fields__)
+        return sum(array.nbytes for array in (*scratch, *self._half.values()))
 
     def blocking(self, dtype: str) -> Blocking:
         """The lowering used for tiles computed in `dtype` (that of the partials)."""

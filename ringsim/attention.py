@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from . import agreement
 from .arrays import as_array, writable
-from .dtypes import numpy_dtype
+from .dtypes import accumulator, numpy_dtype
 from .errors import ArrayError, RankMismatch, RingsimError, TransportError, WorkloadError
 from .execution import Rank, clock
+from .footprint import Footprint
+from .footprint import footprint as footprint_of
 from .partition import Partition
 from .schedule import Schedule
 from .timeline import Timeline, gather
@@ -52,8 +54,8 @@ class RingAttention:
             schedule = Schedule(workload=workload, world_size=world_size, partition=partition, strategy=strategy, sync=sync)
             return schedule, _backend(self._transport, threads)
 
-        self.schedule, backend = agreement.same_plan(self._transport, build, check=check)
-        self._rank = Rank(self.schedule, self._transport, backend, timeout_s=timeout_s)
+        self.schedule, self._backend = agreement.same_plan(self._transport, build, check=check)
+        self._rank = Rank(self.schedule, self._transport, self._backend, timeout_s=timeout_s)
         self._check = check
         self._clock = clock.offsets(self._transport)
 
@@ -64,8 +66,15 @@ class RingAttention:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of buffers that this rank's plan holds."""
-        return self._rank.memory.nbytes
+        """Bytes that this rank's plan holds now: buffers and, once it has run, the backend's scratch."""
+        scratch: int = self._backend.nbytes
+        return self._rank.memory.nbytes + scratch
+
+    @property
+    def footprint(self) -> Footprint:
+        """What this rank holds while it runs, the caller's arrays included, by class: the model's answer."""
+        blocking = self._backend.blocking(accumulator(self.schedule.workload.dtype))
+        return footprint_of(self.schedule, self._transport.rank, blocking=blocking, threads=self._backend.threads)
 
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Array:
         """Attention of the local shards; returns this rank's rows of the output (or fills and returns `out`).

@@ -93,6 +93,22 @@ class Blocking:
                 if k_end > k_begin:
                     yield Panel(top, bottom, k_begin, k_end, bool(low[bottom - 1] > k_begin or high[top] < k_end))
 
+    def scratch(self, width: int) -> dict[str, tuple[int, str]]:
+        """One thread's buffers for tiles of heads up to `width` wide: elements, and dtype (``""``: that of computation)."""
+        strip, rows, keys = self.edge_rows * self.k_rows, self.q_rows, self.k_rows
+        return {
+            "scores": (rows * keys, ""),
+            "hidden": (strip, "bool"),
+            "before": (strip, "bool"),
+            "queries": (rows * width, ""),
+            "product": (rows * width, ""),
+            "row_max": (rows, ""),
+            "row_sum": (rows, ""),
+            "factor": (rows, ""),
+            "ones": (keys, ""),
+            "columns": (keys, "int32"),
+        }
+
     def micro_tiles(self, tile: Tile) -> tuple[MicroTiles, ...]:
         """What one (sequence, query head) of the tile is cut into, alike pieces together."""
         at_origin = replace(tile, batch=(0, 1), heads=(0, 1), q=replace(tile.q, row=0, start=tile.q.start - tile.k.start))

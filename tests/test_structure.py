@@ -15,10 +15,12 @@ FOLDERS = {"ringsim": ROOT / "ringsim", "ringsim.backends": ROOT / "backends", "
 # each room with those that it may import, besides those of its own line and below
 FLOORS = [
     {"cli", "__main__"},
-    {"report", "inventory"},
+    {"ledger", "inventory"},
+    {"report"},
     {"trace", "comparison", "checking", "attention", "drawing"},
     {"agreement", "calibration", "simulation", "execution"},
-    {"backends", "costs"},
+    {"capacity"},
+    {"backends", "costs", "footprint"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},
     {"schedule", "topologies", "yaml_source"},
     {"lowering", "timeline"},

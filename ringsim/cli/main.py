@@ -10,7 +10,7 @@ import click
 from .. import __version__
 from .machines import topologies
 from .measure import calibrate, compare, run
-from .predict import schedule, simulate
+from .predict import memory, schedule, simulate
 from .session import end
 
 EPILOG = "Sizes read 8K = 8192 and 1M = 1048576 tokens. Exit codes: 0 done, 1 a check failed, 2 bad input."
@@ -23,6 +23,7 @@ def cli() -> None:
 
     \b
     ringsim simulate dgx-h100 --seq 1M --causal ...           what will it cost?
+    ringsim memory dgx-h100 --seq 1M ...                      does it fit?
     ringsim topologies show dgx-h100                          on what machine?
     mpiexec -n 4 ringsim run --seq 8K --causal --check        what does it cost?
     mpiexec -n 4 ringsim calibrate -o here.yaml               what is this machine?
@@ -32,7 +33,7 @@ def cli() -> None:
 
 
 COMMUNICATING = ("run", "calibrate", "compare")
-for command in (simulate, run, calibrate, compare, schedule, topologies):
+for command in (simulate, memory, run, calibrate, compare, schedule, topologies):
     cli.add_command(command)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from .. import __version__, agreement, checking, files, inputs, report, topology
+from .. import __version__, agreement, checking, files, inputs, report, topology, units
 from ..attention import RingAttention
 from ..calibration import Kernel, to_yaml
 from ..calibration import calibrate as calibrate_machine
@@ -28,12 +28,27 @@ BUSY = 1.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of the fullest rank: its arrays, buffers and scratch, and what the model says of it."""
+
+    allocated_nbytes: int
+    predicted_nbytes: int
+
+    def sentence(self) -> str:
+        """Both, in a line."""
+        off = self.predicted_nbytes / self.allocated_nbytes - 1 if self.allocated_nbytes else 0.0
+        allocated, predicted = units.format_size(self.allocated_nbytes), units.format_size(self.predicted_nbytes)
+        return f"memory of the fullest rank: {allocated} allocated, {predicted} predicted ({off:+.1%})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Repeated runs of one schedule, and the check of the last output if one was asked for."""
+    """Repeated runs of one schedule, the check of the last output if one was asked for, and the memory that they took."""
 
     schedule: Schedule
     runs: tuple[Timeline, ...]
     check: checking.Check | None
+    memory: Memory
 
 
 def measure(
@@ -65,9 +80,12 @@ def measure(
             if index >= warmup:
                 runs.append(timeline)
             advance("running" if index < warmup + repeats - 1 else "checking")
+        held = attention.nbytes + sum(array.nbytes for array in (q, k, v, out))
+        sizes = transport.allgather((held, attention.footprint.nbytes))
         found = checking.check(transport, schedule, q, out, seed) if check else None
     described = facts(transport, threads)
-    return Measurement(schedule=schedule, runs=tuple(with_facts(run, described) for run in runs), check=found)
+    memory = Memory(allocated_nbytes=max(size for size, _ in sizes), predicted_nbytes=max(size for _, size in sizes))
+    return Measurement(schedule=schedule, runs=tuple(with_facts(run, described) for run in runs), check=found, memory=memory)
 
 
 def agree(command: str, transport: Transport, **settings: Any) -> None:
@@ -125,11 +143,13 @@ def run(
     done = measure(transport, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, threads=threads, check=check)
     out = console()
     out.print(report.measurement(done.schedule, done.runs))
+    out.print(done.memory.sentence())
     if done.check is not None:
         out.print(done.check.sentence())
     record = {
         "schedule": done.schedule.inputs(),
         "check": None if done.check is None else done.check.to_dict(),
+        "memory": asdict(done.memory),
         "measured": [timeline.to_dict() for timeline in done.runs],
     }
     on_leader(transport, lambda: write_outputs(json_path, trace_path, record, {"measured": done.runs[-1]}))
@@ -213,6 +233,7 @@ def compare(
     result = compare_timelines(predicted, done.runs)
     out = console()
     out.print(report.comparison(done.schedule, result))
+    out.print(done.memory.sentence())
     if result.total.high_s > BUSY * result.total.low_s:
         spread = result.total.high_s / result.total.low_s - 1
         out.print(f"note: the runs differ by up to {spread:.0%}: this machine is busy with other work; repeat on a quiet one")
@@ -222,6 +243,7 @@ def compare(
         out.print(done.check.sentence())
     record = {"schedule": done.schedule.inputs()} | result.to_dict()
     record["check"] = None if done.check is None else done.check.to_dict()
+    record["memory"] = asdict(done.memory)
     timelines = {f"predicted on {on.name}": predicted, "measured": done.runs[-1]}
     on_leader(transport, lambda: write_outputs(json_path, trace_path, record, timelines))
     return 0 if done.check is None or done.check.passed else 1

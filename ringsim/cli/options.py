@@ -23,13 +23,13 @@ Command = Callable[..., Any]
 
 
 if TYPE_CHECKING:
-    TokenParameter = click.ParamType[int]
+    from click import ParamType
 else:
     # generic only in recent versions of click
-    TokenParameter = click.ParamType
+    ParamType = {int: click.ParamType, float: click.ParamType}
 
 
-class Tokens(TokenParameter):
+class Tokens(ParamType[int]):
     """A count of tokens, 1024-based."""
 
     name = "TOKENS"
@@ -44,6 +44,22 @@ class Tokens(TokenParameter):
             self.fail(str(error), param, ctx)
 
 
+class Size(ParamType[float]):
+    """A size with its unit, in bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``20 GB`` is 2e10."""
+        if isinstance(value, float):
+            return value
+        try:
+            return units.parse(value, "size")
+        except RingsimError as error:
+            self.fail(str(error), param, ctx)
+
+
+RANKS = click.option("--ranks", type=click.IntRange(1), help="Ranks in the ring. [default: as many as the machine has room for]")
 WORKLOAD = (
     click.option(
         "--workload", "workload_path", type=click.Path(path_type=Path), metavar="FILE", help="YAML with these options as keys."

@@ -1,4 +1,4 @@
-"""Commands that need no MPI: simulate, schedule."""
+"""Commands that need no MPI: simulate, memory, schedule."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
-from .. import report
+from .. import ledger, report
+from ..capacity import demands, longest_ring, tightest
+from ..footprint import FeedForward
 from ..schedule.grid import LEGEND, grid
 from ..simulation import simulate as simulate_schedule
-from .options import MACHINE, OUTPUT, WORKLOAD, Tokens, machine, plan, with_options
+from .options import MACHINE, OUTPUT, RANKS, WORKLOAD, Size, Tokens, machine, plan, with_options
 from .session import check_outputs, console, progress, write_outputs
 
 MOST_RANKS_AS_TEXT = 256
@@ -18,7 +20,7 @@ MOST_RANKS_AS_TEXT = 256
 
 @click.command()
 @click.argument("name", metavar="MACHINE")
-@click.option("--ranks", type=click.IntRange(1), help="Ranks in the ring. [default: as many as the machine has room for]")
+@RANKS
 @with_options(MACHINE, WORKLOAD, OUTPUT)
 @click.pass_context
 def simulate(
@@ -34,9 +36,52 @@ def simulate(
         timeline = simulate_schedule(schedule, on)
         advance("simulating, with hops that cost nothing")
         exposed_s = timeline.total_s - simulate_schedule(schedule, on, free_hops=True).total_s
-    console().print(report.prediction(schedule, timeline, exposed_s))
+    demand = tightest(demands(schedule, on))
+    most = longest_ring(schedule, on) if demand.fits is False else None
+    out = console()
+    out.print(report.prediction(schedule, timeline, exposed_s))
+    out.print(ledger.sentence(demand, most), style="bold red" if demand.fits is False else None)
     facts = {"schedule": schedule.inputs(), "predicted": timeline.to_dict() | {"exposed_wall_s": exposed_s}}
+    facts["memory"] = demand.to_dict()
     write_outputs(json_path, trace_path, facts, {f"predicted on {on.name}": timeline})
+
+
+@click.command()
+@click.argument("names", metavar="MACHINE...", nargs=-1, required=True)
+@RANKS
+@click.option("--window", type=Tokens(), help="Also a sliding window of this many keys: another function, for comparison.")
+@click.option("--ffn-dim", type=click.IntRange(1), help="Also the feed-forward after attention, with this many hidden units.")
+@click.option("--ffn-block", type=Tokens(), help="Tokens that it computes at a time. [default: all of the rank's]")
+@click.option("--reserve", type=Size(), default="0 B", show_default=True, help="Of each device, held by weights and all else.")
+@with_options(MACHINE, WORKLOAD, OUTPUT[:1])
+@click.pass_context
+def memory(
+    ctx: click.Context,
+    /,
+    names: tuple[str, ...],
+    ranks: int | None,
+    window: int | None,
+    ffn_dim: int | None,
+    ffn_block: int | None,
+    reserve: float,
+    json_path: Path | None,
+    **_: Any,
+) -> None:
+    """Print what a workload takes of each MACHINE's memory, by class, next to one device alone; and the longest that fits."""
+    job = plan(ctx)
+    if ffn_block is not None and ffn_dim is None:
+        raise click.UsageError("--ffn-block needs --ffn-dim", ctx)
+    check_outputs(json_path)
+    feed_forward = None if ffn_dim is None else FeedForward(dim=ffn_dim, block=ffn_block)
+    found = []
+    with progress("weighing", len(names)) as advance:
+        for name in names:
+            on = machine(ctx, name)
+            schedule = job.schedule(ranks or len(on.slots))
+            found.append(ledger.account(schedule, on, window=window, feed_forward=feed_forward, reserve_nbytes=reserve))
+            advance(name)
+    console().print(ledger.table(found[0]) if len(found) == 1 else ledger.summary(found))
+    write_outputs(json_path, None, {"accounts": [one.to_dict() for one in found]}, {})
 
 
 @click.command()

@@ -1,0 +1,138 @@
+"""What memory a workload takes on a machine, as tables: the ring next to one device that does it all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .capacity import Demand, blocking_of, demands, longest_alone, longest_ring, tightest
+from .footprint import CLASSES, FeedForward, Footprint, blockwise, dense, footprint
+from .report import workload_line
+from .schedule import Schedule
+from .topology import Topology
+from .units import format_size
+from .workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """One machine's: the demand on its tightest device, what each method holds, and the longest context of each.
+
+    `longest` counts tokens, in whole K; None where the machine does not say what memory its devices have.
+    """
+
+    machine: str
+    schedule: Schedule
+    demand: Demand
+    footprints: tuple[Footprint, ...]
+    longest: dict[str, int | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "machine": self.machine,
+            "schedule": self.schedule.inputs(),
+            "tightest": self.demand.to_dict(),
+            "footprints": [found.to_dict() for found in self.footprints],
+            "longest_context_tokens": self.longest,
+        }
+
+
+def account(
+    schedule: Schedule,
+    topology: Topology,
+    *,
+    window: int | None = None,
+    feed_forward: FeedForward | None = None,
+    reserve_nbytes: float = 0.0,
+) -> Account:
+    """Weigh `schedule` on `topology`: its fullest rank, against blockwise, sliding-window and dense attention on one device.
+
+    Raises TopologyError if the machine has no room for the ranks, WorkloadError.
+    """
+    demand = tightest(demands(schedule, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes))
+    work, blocking = schedule.workload, blocking_of(topology, schedule.workload, demand.kind)
+    alone: dict[str, Callable[[Workload], Footprint]] = {
+        "blockwise": partial(blockwise, blocking=blocking, feed_forward=feed_forward),
+        "window": partial(blockwise, window=window, blocking=blocking, feed_forward=feed_forward),
+        "dense": partial(dense, feed_forward=feed_forward),
+    }
+    if window is None:
+        del alone["window"]
+    rank = max(demand.ranks, key=lambda rank: footprint(schedule, rank).nbytes)
+    ring = footprint(schedule, rank, blocking=blocking, feed_forward=feed_forward)
+    memory = demand.memory_nbytes
+    most = longest_ring(schedule, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes)
+    lengths = {name: None if memory is None else longest_alone(made, work, memory) for name, made in alone.items()}
+    footprints = (ring, *(replace(made(work), method=name) for name, made in alone.items()))
+    return Account(
+        machine=topology.name, schedule=schedule, demand=demand, footprints=footprints, longest={ring.method: most} | lengths
+    )
+
+
+def tokens(count: int | None) -> str:
+    """``34K``, ``3.5M``, or ``unknown``."""
+    if count is None:
+        return "unknown"
+    return f"{count / 2**20:.4g}M" if count >= 2**20 else f"{count // 2**10}K"
+
+
+def _fits(demand: Demand, nbytes: float) -> str:
+    if demand.memory_nbytes is None:
+        return "unknown"
+    return f"yes, {nbytes / demand.memory_nbytes:.0%}" if nbytes <= demand.memory_nbytes else "NO"
+
+
+def sentence(demand: Demand, longest: int | None = None) -> str:
+    """Whether a workload fits, in a line."""
+    who = f"{len(demand.ranks)} ranks on it need" if len(demand.ranks) > 1 else "its rank needs"
+    if demand.memory_nbytes is None:
+        return f"memory: {who} {format_size(demand.nbytes)} of {demand.device}; the machine has no `memory` for {demand.kind}"
+    held = f"{format_size(demand.nbytes)} of {demand.device}'s {format_size(demand.memory_nbytes)}"
+    if demand.fits:
+        return f"memory: {who} {held}, {demand.nbytes / demand.memory_nbytes:.1%} (attention alone: no weights, no other layers)"
+    return f"DOES NOT FIT: {who} {held}; the longest context that fits is {tokens(longest)} tokens"
+
+
+def table(found: Account) -> RenderableType:
+    """Bytes by class, a column a method, of one machine."""
+    demand = found.demand
+    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    grid.add_column("bytes on a device")
+    ring, *others = found.footprints
+    grid.add_column(f"{ring.method}, rank {ring.rank} of {found.schedule.world_size}", justify="right")
+    for other in others:
+        grid.add_column(other.method, justify="right")
+    for name in CLASSES:
+        row = [footprint.classes.get(name) for footprint in found.footprints]
+        if any(row):
+            grid.add_row(name, *(format_size(nbytes) if nbytes else "-" for nbytes in row))
+    grid.add_row("peak", *(format_size(footprint.nbytes) for footprint in found.footprints))
+    shared = demand.nbytes if len(demand.ranks) > 1 else ring.nbytes
+    needs = [shared, *(other.nbytes for other in others)]
+    grid.add_row("fits", *(_fits(demand, nbytes) for nbytes in needs))
+    grid.add_row("longest context", *(tokens(found.longest[footprint.method]) for footprint in found.footprints))
+    has = "unknown memory" if demand.memory_nbytes is None else format_size(demand.memory_nbytes)
+    ranks = f", {len(demand.ranks)} ranks on it" if len(demand.ranks) > 1 else ""
+    head = f"memory on {found.machine}, tightest device {demand.device} ({has}{ranks})\n{workload_line(found.schedule)}\n"
+    return Group(Text(head), grid)
+
+
+def summary(accounts: Sequence[Account]) -> RenderableType:
+    """A line a machine: what the ring needs of a device, and the longest context of each method."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    methods = [footprint.method for footprint in accounts[0].footprints]
+    for name in ("machine", "ranks", "memory", "needed", "fits", *(f"longest, {method}" for method in methods)):
+        grid.add_column(name, justify="left" if name == "machine" else "right")
+    for found in accounts:
+        demand = found.demand
+        memory = "unknown" if demand.memory_nbytes is None else format_size(demand.memory_nbytes)
+        facts = (str(found.schedule.world_size), memory, format_size(demand.nbytes), _fits(demand, demand.nbytes))
+        grid.add_row(found.machine, *facts, *(tokens(found.longest[method]) for method in methods))
+    return Group(grid)

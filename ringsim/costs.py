@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import ceil, log2
 
 from .dtypes import ITEMSIZE, accumulator
-from .errors import TopologyError
+from .errors import BeyondFigures, TopologyError
 from .lowering import Blocking
 from .schedule import Compute
 from .tile import Tile
@@ -25,10 +25,10 @@ class Cost:
 
 
 def interpolate(points: tuple[tuple[float, float], ...], pairs: float, what: str) -> float:
-    """Efficiency at `pairs` per micro-tile, linear in log2(pairs). Raises TopologyError outside the measured points."""
+    """Efficiency at `pairs` per micro-tile, linear in log2(pairs). Raises BeyondFigures outside the measured points."""
     first, last = points[0][0], points[-1][0]
     if not first <= pairs <= last:
-        raise TopologyError(
+        raise BeyondFigures(
             f"{what}: {pairs:g} pairs per micro-tile lie outside the measured {first:g} to {last:g}; calibrate wider"
         )
     index = bisect_right(points, (pairs, 2.0)) - 1

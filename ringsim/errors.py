@@ -17,6 +17,10 @@ class TopologyError(RingsimError, ValueError):
     """A topology file, or a figure missing from one."""
 
 
+class BeyondFigures(TopologyError):
+    """A tile larger or smaller than those that a device's figures were measured for."""
+
+
 class ArrayError(RingsimError, ValueError):
     """An array whose shape, dtype or device does not fit the plan."""
 

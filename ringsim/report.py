@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .breakeven import Breakeven
 from .comparison import QUANTITIES, Comparison, Measured
 from .schedule import Schedule, Send
 from .timeline import Timeline
@@ -129,3 +130,27 @@ def comparison(schedule: Schedule, result: Comparison) -> RenderableType:
         lines.append(f"{WORDS[name]:<22} predicted {format_time(guess):>10}   {measured}{error}")
     lines.append("steps and parts are means over ranks; measured values are medians, with the range of the runs")
     return Group(Text(head), table, Text("\n".join(lines)))
+
+
+def breakeven(found: Sequence[Breakeven]) -> RenderableType:
+    """What `breakeven` prints."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("machine", "ranks", "slowest hop", "attention", "F/B", "tokens per device", "sequence", "hops still cost"):
+        table.add_column(name, justify="left" if name == "machine" else "right")
+    for one in found:
+        ranks = one.schedule.world_size
+        by_paper = "-" if one.f_over_b is None else f"{one.f_over_b:,.0f}"
+        facts = (one.machine, str(ranks), format_rate(one.hop_bytes_per_s, "B/s"))
+        if one.tokens is None:
+            table.add_row(*facts, "-", by_paper, f"not up to {one.looked_to:,}", "-", "-")
+            continue
+        bound = "<= " if one.tokens == one.looked_from > 1 else ""
+        row = (format_rate(one.flops_per_s), by_paper, f"{bound}{one.tokens:,}", f"{one.tokens * ranks:,}", f"{one.exposed:.1%}")
+        table.add_row(*facts, *row)
+    work = found[0].schedule.workload
+    head = f"{work.heads}/{work.kv_heads} heads, head_dim {work.head_dim}, {work.dtype}, {work.mask.name}\n"
+    tail = (
+        "\ntokens per device: the smallest block from which on no rank waits for a hop or drives one; <=: the least priced\n"
+        "hops still cost: of the run, there, by slowing kernels; F/B: peak over the slowest hop's rate, arXiv 2310.01889"
+    )
+    return Group(Text(head), table, Text(tail))

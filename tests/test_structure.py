@@ -17,7 +17,7 @@ FLOORS = [
     {"cli", "__main__"},
     {"ledger", "inventory"},
     {"report"},
-    {"trace", "comparison", "checking", "attention", "drawing"},
+    {"trace", "comparison", "checking", "attention", "drawing", "breakeven"},
     {"agreement", "calibration", "simulation", "execution"},
     {"capacity"},
     {"backends", "costs", "footprint"},

@@ -10,30 +10,34 @@ import click
 from .. import __version__
 from .machines import topologies
 from .measure import calibrate, compare, run
-from .predict import memory, schedule, simulate
+from .predict import breakeven, memory, schedule, simulate
 from .session import end
 
 EPILOG = "Sizes read 8K = 8192 and 1M = 1048576 tokens. Exit codes: 0 done, 1 a check failed, 2 bad input."
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+HELP = """Ring attention over MPI: predicted, executed and compared, from one schedule.
+
+\b
+ringsim simulate dgx-h100 --seq 1M --causal ...           what will it cost?
+ringsim memory dgx-h100 --seq 1M ...                      does it fit?
+ringsim breakeven dgx-h100 ...                            how long must blocks be?
+ringsim topologies show dgx-h100                          on what machine?
+mpiexec -n 4 ringsim run --seq 8K --causal --check        what does it cost?
+mpiexec -n 4 ringsim calibrate -o here.yaml               what is this machine?
+mpiexec -n 4 ringsim compare --topology here.yaml ...     was the prediction right?
+ringsim schedule --ranks 4 --seq 6 --causal               who computes and sends what?
+"""
+
+
+@click.group(help=HELP, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="ringsim")
 def cli() -> None:
-    r"""Ring attention over MPI: predicted, executed and compared, from one schedule.
-
-    \b
-    ringsim simulate dgx-h100 --seq 1M --causal ...           what will it cost?
-    ringsim memory dgx-h100 --seq 1M ...                      does it fit?
-    ringsim topologies show dgx-h100                          on what machine?
-    mpiexec -n 4 ringsim run --seq 8K --causal --check        what does it cost?
-    mpiexec -n 4 ringsim calibrate -o here.yaml               what is this machine?
-    mpiexec -n 4 ringsim compare --topology here.yaml ...     was the prediction right?
-    ringsim schedule --ranks 4 --seq 6 --causal               who computes and sends what?
-    """
+    """Everything is in HELP: a docstring cannot hold the character that keeps its lines apart."""
 
 
 COMMUNICATING = ("run", "calibrate", "compare")
-for command in (simulate, memory, run, calibrate, compare, schedule, topologies):
+for command in (simulate, memory, breakeven, run, calibrate, compare, schedule, topologies):
     cli.add_command(command)
 
 

@@ -60,13 +60,7 @@ class Size(ParamType[float]):
 
 
 RANKS = click.option("--ranks", type=click.IntRange(1), help="Ranks in the ring. [default: as many as the machine has room for]")
-WORKLOAD = (
-    click.option(
-        "--workload", "workload_path", type=click.Path(path_type=Path), metavar="FILE", help="YAML with these options as keys."
-    ),
-    click.option("--seq", type=Tokens(), help="Sequence length in tokens; K = 1024, M = 1024 x 1024."),
-    click.option("--kv-seq", type=Tokens(), help="Keys, if not as many as queries."),
-    click.option("--q-offset", type=int, help="Position of the first query among the keys (cached context). [default: 0]"),
+SHAPE = (
     click.option("--batch", type=int, default=1, show_default=True, help="Sequences."),
     click.option("--heads", type=int, default=8, show_default=True, help="Query heads."),
     click.option("--kv-heads", type=int, help="Key/value heads. [default: as --heads]"),
@@ -75,11 +69,22 @@ WORKLOAD = (
     click.option(
         "--dtype", type=click.Choice([*ATTENTION, *ALIASES]), default="float32", show_default=True, help="Of q, k and v."
     ),
-    click.option("--causal/--full", default=False, help="Mask. [default: full]"),
-    click.option("--softmax-scale", type=float, help="Factor of the scores. [default: head_dim ** -0.5]"),
+)
+MASK = click.option("--causal/--full", default=False, help="Mask. [default: full]")
+PARTITION = click.option(
+    "--partition", type=click.Choice(KINDS), default="contiguous", show_default=True, help="Which tokens a rank holds."
+)
+WORKLOAD = (
     click.option(
-        "--partition", type=click.Choice(KINDS), default="contiguous", show_default=True, help="Which tokens a rank holds."
+        "--workload", "workload_path", type=click.Path(path_type=Path), metavar="FILE", help="YAML with these options as keys."
     ),
+    click.option("--seq", type=Tokens(), help="Sequence length in tokens; K = 1024, M = 1024 x 1024."),
+    click.option("--kv-seq", type=Tokens(), help="Keys, if not as many as queries."),
+    click.option("--q-offset", type=int, help="Position of the first query among the keys (cached context). [default: 0]"),
+    *SHAPE,
+    MASK,
+    click.option("--softmax-scale", type=float, help="Factor of the scores. [default: head_dim ** -0.5]"),
+    PARTITION,
     click.option("--strategy", type=click.Choice(list(STRATEGIES)), default="ring", show_default=True, help="What travels."),
     click.option("--sync", type=click.Choice(SYNCS), default="free", show_default=True, help="step: a barrier between rounds."),
 )
@@ -150,6 +155,12 @@ class Plan:
         )
 
 
+def shape(values: dict[str, Any]) -> dict[str, Any]:
+    """What SHAPE and MASK say of a workload."""
+    known = {name: values[name] for name in ("batch", "heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
+    return known | {"mask": mask_named("causal" if values["causal"] else "full")}
+
+
 def plan(ctx: click.Context) -> Plan:
     """The workload of a command: its options, over those of --workload FILE. Raises WorkloadError, click.UsageError."""
     values = dict(ctx.params)
@@ -167,13 +178,7 @@ def plan(ctx: click.Context) -> Plan:
         q_len=values["seq"],
         kv_len=values["kv_seq"],
         q_offset=values["q_offset"] or 0,
-        batch=values["batch"],
-        heads=values["heads"],
-        kv_heads=values["kv_heads"],
-        head_dim=values["head_dim"],
-        v_head_dim=values["v_head_dim"],
-        dtype=values["dtype"],
-        mask=mask_named("causal" if values["causal"] else "full"),
         softmax_scale=values["softmax_scale"],
+        **shape(values),
     )
     return Plan(workload=workload, partition=values["partition"], strategy=values["strategy"], sync=values["sync"])

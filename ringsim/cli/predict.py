@@ -1,4 +1,4 @@
-"""Commands that need no MPI: simulate, memory, schedule."""
+"""Commands that need no MPI: simulate, memory, breakeven, schedule."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import click
 
 from .. import ledger, report
+from ..breakeven import breakeven as find_breakeven
 from ..capacity import demands, longest_ring, tightest
 from ..footprint import FeedForward
+from ..schedule import Schedule
 from ..schedule.grid import LEGEND, grid
 from ..simulation import simulate as simulate_schedule
-from .options import MACHINE, OUTPUT, RANKS, WORKLOAD, Size, Tokens, machine, plan, with_options
+from ..workload import Workload
+from .options import MACHINE, MASK, OUTPUT, PARTITION, RANKS, SHAPE, WORKLOAD, Size, Tokens, machine, plan, shape, with_options
 from .session import check_outputs, console, progress, write_outputs
 
 MOST_RANKS_AS_TEXT = 256
@@ -82,6 +85,36 @@ def memory(
             advance(name)
     console().print(ledger.table(found[0]) if len(found) == 1 else ledger.summary(found))
     write_outputs(json_path, None, {"accounts": [one.to_dict() for one in found]}, {})
+
+
+@click.command()
+@click.argument("names", metavar="MACHINE...", nargs=-1, required=True)
+@RANKS
+@click.option("--multiple", type=Tokens(), default=1, show_default=True, help="Blocks are multiples of this many tokens.")
+@with_options(MACHINE, SHAPE, (MASK, PARTITION), OUTPUT[:1])
+@click.pass_context
+def breakeven(
+    ctx: click.Context,
+    /,
+    names: tuple[str, ...],
+    ranks: int | None,
+    multiple: int,
+    partition: str,
+    json_path: Path | None,
+    **_: Any,
+) -> None:
+    """Find the smallest block of tokens per device at which each MACHINE hides its hops, by simulation."""
+    check_outputs(json_path)
+    workload = Workload(q_len=1, **shape(ctx.params))
+    found = []
+    with progress("seeking", len(names)) as advance:
+        for name in names:
+            on = machine(ctx, name)
+            start = Schedule(workload=workload, world_size=ranks or len(on.slots), partition=partition)
+            found.append(find_breakeven(start, on, multiple=multiple))
+            advance(name)
+    console().print(report.breakeven(found))
+    write_outputs(json_path, None, {"breakeven": [one.to_dict() for one in found]}, {})
 
 
 @click.command()

@@ -1,0 +1,158 @@
+"""The smallest block whose hop hides: against the Ring Attention paper's table, and against arithmetic."""
+
+import json
+from math import ceil, sqrt
+
+import pytest
+from click.testing import CliRunner
+
+import ringsim
+from ringsim.breakeven import breakeven
+from ringsim.cli.main import cli
+from ringsim.errors import TopologyError
+from ringsim.schedule.schedule import Schedule
+
+SHAPE = ["--heads", "32", "--head-dim", "128", "--dtype", "bf16"]
+TABLE_2 = {
+    # arXiv 2310.01889v4, table 2: peak FLOP/s, bytes/s one way, minimal sequence in thousands as printed
+    "ideal-a100-nvlink": (312e12, 300e9, 6.2),
+    "ideal-a100-infiniband": (312e12, 12.5e9, 149.5),
+    "ideal-tpu-v3": (123e12, 112e9, 6.6),
+    "ideal-tpu-v4": (275e12, 268e9, 6.2),
+    "ideal-tpu-v5e": (196e12, 186e9, 6.3),
+}
+
+
+def schedule(world_size, *, heads=32, kv_heads=None, head_dim=128, mask=None, partition="contiguous", **more):
+    work = ringsim.Workload(
+        q_len=1, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype="bfloat16", mask=mask or ringsim.Full(), **more
+    )
+    return Schedule(workload=work, world_size=world_size, partition=partition)
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_table_2_of_ring_attention_by_simulation(name):
+    """The smallest block is c = F/B within 2 %, and the minimal sequence 6c is the one printed (which is rounded)."""
+    rate, bandwidth, printed = TABLE_2[name]
+    found = breakeven(schedule(6), ringsim.load_topology(name))
+    c = rate / bandwidth
+    assert found.tokens == pytest.approx(c, rel=0.02)
+    assert found.f_over_b == pytest.approx(c, rel=1e-12)
+    assert 6 * found.tokens / 1000 == pytest.approx(printed, rel=0.02)
+    assert found.exposed == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8), (4, 1)])
+def test_the_block_is_exact_without_overheads(world_size, heads, kv_heads):
+    """Without latency: c = F/B kv_heads / heads, rounded up, whatever the number of ranks."""
+    on = ringsim.load_topology("ideal", {"links.wire.bandwidth": "300 GB/s"})
+    found = breakeven(schedule(world_size, heads=heads, kv_heads=kv_heads), on)
+    assert found.tokens == -(-4000 * kv_heads // (3 * heads))
+    assert found.f_over_b == pytest.approx(4000 / 3 * kv_heads / heads)
+    assert (found.looked_from, found.looked_to) == (1, 2**22)
+
+
+def test_latency_is_part_of_the_hop():
+    """4 c^2 n d / F = latency + 4 c n d / B: the positive root of a quadratic."""
+    latency, rate, bandwidth, width = 50e-6, 400e12, 400e9, 32 * 128
+    on = ringsim.load_topology("ideal", {"links.wire.latency": "25 us"})  # of two wires, with a switch between
+    half = rate / bandwidth / 2
+    c = half + sqrt(half**2 + latency * rate / (4 * width))
+    assert breakeven(schedule(8), on).tokens == ceil(c)
+
+
+def test_a_causal_zigzag_block_is_twice_as_long():
+    on = ringsim.load_topology("ideal")
+    full = breakeven(schedule(4), on)
+    causal = breakeven(schedule(4, mask=ringsim.Causal(), partition="zigzag"), on)
+    assert causal.tokens == pytest.approx(2 * full.tokens, rel=0.01)
+
+
+def test_multiples():
+    on = ringsim.load_topology("ideal", {"links.wire.bandwidth": "300 GB/s"})
+    assert breakeven(schedule(4), on, multiple=64).tokens == 1344
+    assert breakeven(schedule(4), on, multiple=1000).tokens == 2000
+
+
+def test_no_smaller_block_than_the_figures_price():
+    found = breakeven(schedule(8, kv_heads=8), ringsim.load_topology("dgx-h100"))
+    assert found.tokens == found.looked_from == 512
+    causal = breakeven(schedule(8, kv_heads=8, mask=ringsim.Causal(), partition="zigzag"), ringsim.load_topology("dgx-h100"))
+    assert causal.looked_from == 1024
+
+
+def test_a_node_boundary_decides():
+    alone = breakeven(schedule(8), ringsim.load_topology("dgx-h100"))
+    across = breakeven(schedule(16), ringsim.load_topology("dgx-h100-cluster", {"nodes": 2}))
+    assert across.hop_bytes_per_s == 36.1e9
+    assert across.tokens > 10 * alone.tokens
+
+
+def test_just_below_the_block_ranks_wait():
+    on = ringsim.load_topology("dgx-h100")
+    found = breakeven(schedule(8), on)
+    for tokens, hides in ((found.tokens, True), (found.tokens - 1, False), (2 * found.tokens, True)):
+        work = ringsim.Workload(q_len=8 * tokens, heads=32, head_dim=128, dtype="bfloat16")
+        timeline = ringsim.simulate(Schedule(workload=work, world_size=8), on)
+        assert (timeline.exposed_s() <= 1e-9 * timeline.total_s) is hides
+
+
+def test_kernels_slowed_by_hops_are_said():
+    """Where hops take a share of the device, nobody waits and yet they cost something."""
+    fast = breakeven(schedule(8), ringsim.load_topology("dgx-h100"))
+    free = breakeven(schedule(8), ringsim.load_topology("dgx-h100", {"transports.nccl.paths.nvlink4.device_share": 0.0}))
+    assert 0.05 < fast.exposed < 0.15
+    assert free.exposed == pytest.approx(0.0, abs=1e-12)
+    assert free.tokens > fast.tokens
+
+
+def test_a_core_that_copies_never_hides():
+    settings = {"transports.direct.progress": "polling", "devices.ideal": cpu(), "links.wire.latency": "1 us"}
+    found = breakeven(schedule(2), ringsim.load_topology("ideal", settings))
+    assert found.tokens is None
+    assert found.looked_to == 2**22
+
+
+def cpu():
+    table = {"dtype": "bfloat16", "head_dim": 128, "rate": "100 GFLOP/s", "overhead": "0 s"}
+    table |= {"micro_tile": {"q_rows": 1, "k_rows": 1, "edge_rows": 1, "exact": True}}
+    table |= {"full": [[1, 1.0], [1.0e24, 1.0]], "masked": [[1, 1.0], [1.0e24, 1.0]]}
+    return {"kind": "cpu", "cores": 1, "memory_bandwidth": "100 GB/s", "attention": [table], "source": "defined: a test"}
+
+
+def test_one_rank_has_no_hop():
+    with pytest.raises(TopologyError, match="one rank has no hop"):
+        breakeven(schedule(1), ringsim.load_topology("ideal"))
+
+
+def test_missing_figures_are_named():
+    with pytest.raises(TopologyError, match="no attention figures for bfloat16 head_dim 256"):
+        breakeven(schedule(2, head_dim=256), ringsim.load_topology("ideal"))
+
+
+def ringsim_command(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_the_command_prints_a_line_a_machine(tmp_path):
+    where = tmp_path / "facts.json"
+    done = ringsim_command("breakeven", "ideal", "dgx-h100", *SHAPE, "--kv-heads", 8, "--json", where)
+    assert done.exit_code == 0, done.output
+    assert "250" in next(line for line in done.output.splitlines() if line.startswith("ideal"))
+    assert "<= 512" in next(line for line in done.output.splitlines() if line.startswith("dgx-h100"))
+    facts = json.loads(where.read_text())["breakeven"]
+    assert [(one["machine"], one["tokens"]) for one in facts] == [("ideal", 250), ("dgx-h100", 512)]
+
+
+def test_what_if_of_a_break_even():
+    done = ringsim_command("breakeven", "ideal", *SHAPE, "--set", "links.wire.bandwidth=200GB/s", "--set", "gpus=2")
+    assert "2,000" in done.output
+    assert "4,000" in done.output
+
+
+def test_help_keeps_its_lines():
+    lines = [line.strip() for line in ringsim_command("--help").output.splitlines()]
+    assert any(line.startswith("ringsim simulate dgx-h100") for line in lines)
+    assert any(line.startswith("ringsim breakeven") for line in lines)
+    assert "\\b" not in " ".join(lines)

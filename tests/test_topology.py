@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_read_is_named(content, tmp_path):
 GPU, TABLE, COPY = "devices.gpu", "devices.gpu.attention.0", '{value: 3 TB/s, source: "measured: a copy"}'
 KIND = "a source says what kind it is and where from: 'measured: ...', 'vendor: ...', 'guessed: ...', 'defined: ...'; found"
 OWN = "memory_bandwidth: a figure with its own source is {value: ..., source: 'measured: ...'}, found keys"
-PLACE = "place: 'block', 'round-robin', or a list of each rank's device by index or name; found"
+PLACE = "place: 'block', 'round-robin', 'snake', or a list of each rank's device by index or name; found"
 VERSION = "ringsim: this ringsim reads version 2 of the format, found"
 INTEGER = "counts.nodes: Input should be a valid integer (found"
 INCREASE = "the pairs per micro-tile must increase from point to point, found"

@@ -17,6 +17,7 @@ from ..mask import mask_named
 from ..partition import KINDS
 from ..schedule import STRATEGIES, Schedule
 from ..schedule.schedule import SYNCS
+from ..topology.spec import ORDERS
 from ..workload import Workload
 
 Command = Callable[..., Any]
@@ -108,7 +109,7 @@ MACHINE = (
         metavar="KEY=VALUE",
         help="Change a figure or a count of the machine, e.g. nodes=4 or links.ndr.latency=2us; repeatable.",
     ),
-    click.option("--place", metavar="ORDER", help="Ranks on devices: block, round-robin, or a list such as 0,2,1,3."),
+    click.option("--place", metavar="ORDER", help="Ranks on devices: block, round-robin, snake, or a list such as 0,2,1,3."),
     click.option("--transport", metavar="NAME", help="The MPI or NCCL stack, where the machine names several."),
 )
 OUTPUT = (
@@ -134,7 +135,7 @@ def machine(ctx: click.Context, name: str, transport: str | None = None) -> topo
     """The machine of a command, with its --set, --place and --transport, or this transport. Raises TopologyError."""
     given = ctx.params
     place = given["place"]
-    if place is not None and place not in ("block", "round-robin"):
+    if place is not None and place not in ORDERS:
         place = [int(word) if word.strip().isdecimal() else word.strip() for word in place.split(",")]
     return topology.load(name, given["settings"], place=place, transport=transport or given["transport"])
 

@@ -12,18 +12,20 @@ from .groups import Item, Member
 from .parts import Device, Link, Transport
 
 FORMAT: Final = 2
+ORDERS: Final = ("block", "round-robin", "snake")
 Index = Annotated[int, pydantic.Field(ge=0, strict=True)]
 
 
 def _place(value: object) -> object:
     entries = value if isinstance(value, list) else ()
     known = [entry for entry in entries if (type(entry) is int and entry >= 0) or (isinstance(entry, str) and entry)]
-    if value in ("block", "round-robin") or (known and known == value):
+    if value in ORDERS or (known and known == value):
         return value
-    raise ValueError(f"'block', 'round-robin', or a list of each rank's device by index or name; found {units.shown(value)}")
+    orders = ", ".join(map(repr, ORDERS))
+    raise ValueError(f"{orders}, or a list of each rank's device by index or name; found {units.shown(value)}")
 
 
-Place = Annotated[Literal["block", "round-robin"] | tuple[Index | Text, ...], pydantic.BeforeValidator(_place)]
+Place = Annotated[Literal["block", "round-robin", "snake"] | tuple[Index | Text, ...], pydantic.BeforeValidator(_place)]
 
 
 class Spec(Strict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, prod
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..yaml_source import Document
 from . import checks, layers
 from .build import Builder
 from .graph import Edge, Graph
+from .groups import Torus2dJoin, Torus3dJoin
 from .layers import Settings
 from .parts import Device, Transport
 from .paths import Path, assemble
@@ -78,14 +79,16 @@ class Topology:
         count = len(self.devices)
         if self.spec.place == "round-robin":
             return tuple(self.devices[rank % count] for rank in range(world_size))
-        return tuple(self.devices[rank * count // world_size] for rank in range(world_size))
+        devices = self._snake() if self.spec.place == "snake" else self.devices
+        return tuple(devices[rank * count // world_size] for rank in range(world_size))
 
     def _placed(self) -> tuple[int, ...]:
         order = self.spec.place
         if not isinstance(order, str):
             return tuple(self._named(entry) for entry in order)
-        slots = [number for number in self.devices for _ in range(self.device(number).ranks)]
-        if order == "block":
+        devices = self._snake() if order == "snake" else self.devices
+        slots = [number for number in devices for _ in range(self.device(number).ranks)]
+        if order != "round-robin":
             return tuple(slots)
         hosts: dict[str, list[int]] = defaultdict(list)
         for number in slots:
@@ -94,6 +97,17 @@ class Topology:
             raise TopologyError("round-robin goes over hosts (groups with `nics`, CPUs), and all devices are on one: use a list")
         deepest = max(map(len, hosts.values()))
         return tuple(of_host[turn] for turn in range(deepest) for of_host in hosts.values() if turn < len(of_host))
+
+    def _snake(self) -> tuple[int, ...]:
+        machine = self.spec.machine
+        while isinstance(machine, str) and machine not in self.spec.devices:
+            machine = self.spec.groups[machine]
+        if not isinstance(machine, Torus2dJoin | Torus3dJoin) or machine.size != len(self.devices):
+            raise TopologyError(
+                "snake goes over a torus of devices (machine: join torus2d or torus3d, each member one device), which this "
+                "machine is not: use block, round-robin or a list"
+            )
+        return tuple(self.devices[number] for number in snake(machine.shape))
 
     def _named(self, entry: int | str) -> int:
         if isinstance(entry, int):
@@ -142,6 +156,22 @@ class Topology:
         return self._route(source, target)[0]
 
 
+def snake(shape: Sequence[int]) -> tuple[int, ...]:
+    """The points of a torus, by number (the last dimension varies fastest), each the neighbour of the one before.
+
+    To and fro along each dimension in turn. The slowest is the first that is even: then the last point is the neighbour of the
+    first, around the torus. Where all are odd, it is not.
+    """
+    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    slowest = next((axis for axis, size in enumerate(shape) if size % 2 == 0), 0)
+    path: tuple[int, ...] = (0,)
+    for axis in (*(axis for axis in reversed(range(len(shape))) if axis != slowest), slowest):
+        path = tuple(
+            step * strides[axis] + point for step in range(shape[axis]) for point in (path if step % 2 == 0 else path[::-1])
+        )
+    return path
+
+
 def load(
     name_or_path: str | FilePath,
     settings: Settings = (),
@@ -152,7 +182,7 @@ def load(
     """A topology by file path, or by the name of a shipped one, with `settings` laid over it.
 
     settings: a mapping or ``KEY=VALUE`` texts, such as ``{"nodes": 4, "links.ndr.bandwidth": "800 Gbit/s"}``. place: ``block``,
-    ``round-robin``, or the device of each rank by index or name. Raises TopologyError with file, line and remedy.
+    ``round-robin``, ``snake``, or the device of each rank by index or name. Raises TopologyError with file, line and remedy.
     """
     return compile_document(layers.read(name_or_path), settings, place=place, transport=transport)
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"ledger", "inventory"},
     {"report"},
     {"trace", "comparison", "checking", "attention", "drawing", "breakeven"},
-    {"agreement", "calibration", "simulation", "execution"},
+    {"agreement", "calibration", "simulation", "execution", "importing"},
     {"capacity"},
     {"backends", "costs", "footprint"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},

@@ -1,4 +1,4 @@
-"""Commands about topologies: list, show, check, graph, diff, schema, fit."""
+"""Commands about topologies: list, show, check, graph, diff, schema, fit, import."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 from .. import files, inventory, segments, topology
 from ..errors import RingsimError, TopologyError
 from ..topology.schema import schema as topology_schema
+from .importing import import_
 from .options import MACHINE, machine, with_options
 from .session import check_outputs, console, write_outputs
 
@@ -36,6 +37,9 @@ class Pair(click.ParamType):  # type: ignore[type-arg]
 @click.group()
 def topologies() -> None:
     """Machines in YAML: what ringsim ships, and what a file comes to."""
+
+
+topologies.add_command(import_)
 
 
 @topologies.command(name="list")

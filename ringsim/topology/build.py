@@ -91,16 +91,23 @@ class Builder:
         for index, connection in enumerate(item.connect):
             self._connect(connection, prefix, (*place, "connect", index))
         if isinstance(item, Explicit):
-            self._attach(item, devices, prefix)
+            self._attach(item, devices, prefix, place)
         return Part(devices, exits)
 
-    def _attach(self, group: Explicit, devices: tuple[int, ...], prefix: str) -> None:
-        """Plain NICs belong to the devices that are wired to them."""
+    def _attach(self, group: Explicit, devices: tuple[int, ...], prefix: str, place: Place) -> None:
+        """Plain NICs belong to the devices that are wired to them, or as `affinity` says."""
         numbers = [self.graph.numbers[inner(prefix, name)] for name, item in group.members.items() if item == "nic"]
         nics = frozenset(number for number in numbers if self.graph.vertices[number].kind == "nic")
         near = {device: frozenset(self.graph.edges[number].target for number in self.graph.out[device]) for device in devices}
+        own = {device: nics & found for device, found in near.items()}
+        for name, nic in group.affinity.items():
+            where = (*place, "affinity", name)
+            device, number = self.named(name, prefix, where), self.named(nic, prefix, where)
+            if device not in own or number not in nics:
+                raise self.fault(where, f"a device and a plain NIC of this group, found {name!r} and {nic!r}")
+            own[device] = frozenset({number})
         if nics:
-            self.graph.attach(nics, {device: nics & found for device, found in near.items()})
+            self.graph.attach(nics, own)
 
     def device(self, kind: str, name: str, place: Place, host: str) -> Part:
         """A device, or what `replace` puts in its place."""

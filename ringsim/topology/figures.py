@@ -13,6 +13,8 @@ KINDS: Final = ("measured", "vendor", "guessed", "defined")
 MOST: Final = 2**20
 OWN: Final = {"value", "source"}
 TABLES: Final = ("full", "masked")
+UNKNOWN: Final = "unknown"
+UNKNOWN_SCHEMA: Final = {"const": UNKNOWN, "description": "to be filled in before the file is used"}
 _SOURCE = re.compile(rf"({'|'.join(KINDS)}): *\S.*", re.DOTALL)
 _PATTERN: Final = {
     dimension: rf"^\s*[0-9.]+(?:[eE][+-]?[0-9]+)?\s*({'|'.join(map(re.escape, names))})\s*$"
@@ -43,11 +45,11 @@ def _own_source(value: object) -> object:
 def _schema(plain: dict[str, Any]) -> pydantic.WithJsonSchema:
     own = {
         "type": "object",
-        "properties": {"value": plain, "source": SOURCE_SCHEMA},
+        "properties": {"value": {"anyOf": [plain, UNKNOWN_SCHEMA]}, "source": SOURCE_SCHEMA},
         "required": sorted(OWN),
         "additionalProperties": False,
     }
-    return pydantic.WithJsonSchema({"anyOf": [plain, own]})
+    return pydantic.WithJsonSchema({"anyOf": [plain, UNKNOWN_SCHEMA, own]})
 
 
 def _quantity(dimension: str) -> tuple[Any, ...]:

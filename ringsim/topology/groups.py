@@ -180,10 +180,14 @@ class FatTreeJoin(Joined):
 
 
 class Explicit(Group):
-    """Named members (`switch` and `nic` are plain ones) and the links between them; an outer group attaches to `exits`."""
+    """Named members (`switch` and `nic` are plain ones) and the links between them; an outer group attaches to `exits`.
+
+    `affinity` names the plain NIC of a device that is not wired to one.
+    """
 
     join: Literal["explicit"]
     members: dict[Name, Item]
+    affinity: dict[Text, Text] = pydantic.Field(default_factory=dict)
 
 
 class Repeat(Strict):

@@ -15,7 +15,7 @@ from typing import Any
 from .. import units, yaml_source
 from ..errors import TopologyError
 from ..yaml_source import Document, Place
-from . import checks
+from . import checks, unknowns
 from .figures import OWN, TABLES
 from .spec import Spec
 
@@ -122,12 +122,16 @@ def read(name_or_path: str | Path, folder: Path | None = None) -> Document:
 
 
 def compose(document: Document, settings: Settings = (), choices: Mapping[str, object] | None = None) -> Layers:
-    """The document with all that it extends below it, and settings and choices (top-level keys) on top. Raises TopologyError."""
+    """The document with all that it extends below it, and settings and choices (top-level keys) on top.
+
+    Raises TopologyError, also for what is still `unknown` then.
+    """
     layers = _extended(document, ())
     for said, key, value in _pairs(settings):
         _set(layers, said, key, value)
     for key, value in (choices or {}).items():
         _set(layers, f"--{key} {value}", key, value)
+    unknowns.check(layers)
     _derive(layers)
     return layers
 

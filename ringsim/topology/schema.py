@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .figures import UNKNOWN
 from .spec import FORMAT, Spec
 
 PARTIAL = ("Device", "Link", "Transport")
@@ -18,6 +19,9 @@ def schema() -> dict[str, Any]:
         parts[name].pop("required", None)
     _short(parts, "Nics", parts["Nics"]["properties"]["count"])
     _short(parts, "Connection", {"type": "array", "items": {"type": "string"}, "minItems": 3, "maxItems": 3})
+    for name in ("Transport", "Route"):
+        progress = parts[name]["properties"]["progress"]
+        progress.get("anyOf", [progress])[0]["enum"].append(UNKNOWN)
     removable = [*made["properties"].values(), *(field for name in PARTIAL for field in parts[name]["properties"].values())]
     for field in removable:
         _removable(field)

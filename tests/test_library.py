@@ -150,6 +150,15 @@ def test_a_pair_of_mi300x_has_one_link_of_seven_however_many_there_are(gpus):
     assert all(len(machine.edges(machine.slots[0], other)) == 1 for other in machine.slots[1:])
 
 
+def test_a_table_of_mi300x_has_a_source_of_its_own():
+    sources = {figure.key: figure.source for figure in load("mi300x").figures if figure.key.endswith(TABLES)}
+    full, masked = sources.values()
+    assert "moonmath-ai/amd-kernels" in full and "midiareshadi/attn-dsl-bench" in masked
+    table = load("mi300x").spec.devices["mi300x"].attention[0]
+    assert dict(table.masked)[134225920] * 1307.4 == pytest.approx(494.4, abs=0.1)
+    assert dict(table.full)[17179869184] * 1307.4 == pytest.approx(4 * 16 * 131072**2 * 128 / 258.092e-3 / 1e12, abs=0.1)
+
+
 def test_the_same_two_gpus_of_alps_get_130_or_24_gb_s_by_their_mpi():
     assert rate("alps-gh200", transport="cray-mpich") == 130.5e9
     assert rate("alps-gh200", transport="openmpi-cxi") == 25e9 * 0.959

@@ -113,11 +113,18 @@ Text = Annotated[str, pydantic.Field(min_length=1)]
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 Switch = Annotated[bool, pydantic.Field(strict=True)]
+_POINT: Final = {
+    "type": "array",
+    "prefixItems": [{"type": "number", "minimum": 1}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}],
+    "minItems": 2,
+    "maxItems": 2,
+}
 Points = Annotated[
     tuple[tuple[Annotated[Plain, pydantic.Field(ge=1)], Annotated[Plain, pydantic.Field(gt=0, le=1)]], ...],
     pydantic.Field(min_length=1),
     pydantic.AfterValidator(_ascending),
     pydantic.BeforeValidator(_own_source),
+    _schema({"type": "array", "minItems": 1, "items": _POINT, "description": "[pairs, efficiency], pairs increasing"}),
 ]
 
 

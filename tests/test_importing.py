@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from ringsim import importing, topology, yaml_source
 from ringsim.errors import TopologyError
 from ringsim.importing import compact, reading
+from ringsim.topology.schema import schema
 from ringsim.topology.unknowns import unknowns
 
 DATA = Path(__file__).parent / "data" / "import"
@@ -99,6 +102,15 @@ def test_every_figure_that_is_known_has_the_file_as_its_source(name):
 )
 def test_a_short_join_is_written_where_it_is_proven_equal(name, join):
     assert re.search(r"^  node:\n    join: (\S+)$", imported(name).text, re.MULTILINE)[1] == join
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_editors_take_an_imported_file(name):
+    validator = jsonschema.Draft202012Validator(schema())
+    plain = yaml.safe_load(imported(name).text)
+    assert [(fault.json_path, fault.message) for fault in validator.iter_errors(plain)] == []
+    plain["links"] |= {"wire": {"bandwidth": "unknwon", "latency": "unknown"}}
+    assert not validator.is_valid(plain)
 
 
 def test_nodes_of_nccl_on_nvswitch_go_over_it_and_leave_by_their_own_nic():

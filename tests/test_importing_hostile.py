@@ -143,6 +143,14 @@ def test_what_real_files_have_is_read():
     made = importing.parse(text, "part.xml")
     assert "links.pcie-uplink.bandwidth" in made.unknown
     assert "left out: 2 nvlink(s) from 0000:1a:00.0 to 0000:99:00.0, which is not in the file" in made.notes
+    bare = '<system version="1"><cpu numaid="0"><pci busid="ffff:ff:01.0" class="0x060400" link_speed="2.5 GT/s" link_width="1">'
+    bare += '<pci busid="0003:00:00.0" class="0x030200"/><pci busid="0103:00:00.0" class="0x020700"/></pci></cpu></system>'
+    made = importing.parse(bare, "vm.xml")
+    assert made.notes == (
+        "the file has no NVLink or XGMI: the GPUs have none, or NCCL was to find them by itself",
+        "2.5 GT/s, as idle devices and a virtual machine's bridges have: ffff:ff:01.0",
+    )
+    assert "nic-0103_00_00: nic" in made.text
     hidden = re.sub(r'target="0000:c\d:00.0" count="2"', 'target="fffffff:ffff:ff" count="12"', TEXTS["nccl-nvswitch.xml"])
     hidden = re.sub(r"(\s*<nvlink [^>]*>)+", r"\1", hidden)
     assert importing.parse(hidden, "vm.xml").text.count("also: [{join: switch, link: nvlink}]") == 1

@@ -188,4 +188,16 @@ def read(system: Element, file: str) -> Sketch:
             reading.nic(child, [child], root, loose, None)
     for bus in reading.gpus:
         reading.fabric(bus)
+    _remarks(reading)
     return reading.sketch
+
+
+def _remarks(reading: _Reading) -> None:
+    """What a reader has to know of this dump."""
+    found = [element for _, element in reading.gpus.values() if element is not None]
+    if not any(element.all("nvlink") or element.all("xgmi") for element in found):
+        reading.sketch.notes.append("the file has no NVLink or XGMI: the GPUs have none, or NCCL was to find them by itself")
+    slow = [bus for bus, element in reading.buses.items() if element.attributes.get("link_speed", "").startswith("2.5 GT/s")]
+    if slow:
+        note = f"2.5 GT/s, as idle devices and a virtual machine's bridges have: {', '.join(slow[:4])}"
+        reading.sketch.notes.append(note + (f" and {len(slow) - 4} more" if len(slow) > 4 else ""))

@@ -19,7 +19,8 @@ from ringsim.topology.spec import Spec
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
-    r"(?:mpiexec -n \d+ |^ *)ringsim ((?:simulate|run|calibrate|compare|schedule|topologies) [^`#\n]*)", re.MULTILINE
+    r"(?:mpiexec -n \d+ |^ *)ringsim ((?:simulate|memory|breakeven|run|calibrate|compare|schedule|topologies) [^`#\n]*)",
+    re.MULTILINE,
 )
 
 
@@ -106,3 +107,12 @@ def test_the_schema_takes_what_removes_from_a_file_that_is_extended():
         assert validator.is_valid(head | less), less
     assert not validator.is_valid(head | {"links": {"ndr": {"achived": None}}})
     assert not validator.is_valid({"ringsim": 2})
+
+
+def test_the_schema_takes_groups_that_change_what_is_extended():
+    validator = jsonschema.Draft202012Validator(schema())
+    head = {"ringsim": 2, "name": "more", "source": "guessed: what if", "extends": "dgx-h100"}
+    for change in ({"groups": {"dgx": {"count": 4}}}, {"groups": {"dgx": {"nics": None}}}, {"machine": {"backplane": "1 TB/s"}}):
+        assert validator.is_valid(head | change), change
+    assert not validator.is_valid(head | {"groups": {"dgx": {"cuont": 4}}})
+    assert not validator.is_valid(head | {"groups": {"dgx": {"backplane": 4}}})

@@ -22,6 +22,7 @@ def schema() -> dict[str, Any]:
     for name in ("Transport", "Route"):
         progress = parts[name]["properties"]["progress"]
         progress.get("anyOf", [progress])[0]["enum"].append(UNKNOWN)
+    _overlaid(made, parts)
     removable = [*made["properties"].values(), *(field for name in PARTIAL for field in parts[name]["properties"].values())]
     for field in removable:
         _removable(field)
@@ -31,6 +32,24 @@ def schema() -> dict[str, Any]:
         "description": "A machine for ringsim: devices, links, how they are joined, and the transport on them.",
     }
     return head | {key: value for key, value in made.items() if key not in head} | {"required": ["ringsim", "name", "source"]}
+
+
+def _overlaid(made: dict[str, Any], parts: dict[str, Any]) -> None:
+    """A group without a `join` changes some keys of the one that the file extends."""
+    (groups,) = made["properties"]["groups"]["patternProperties"].values()
+    kinds = [form["$ref"].rpartition("/")[2] for form in groups["oneOf"] if "$ref" in form]
+    keys = {key: form for kind in kinds for key, form in parts[kind]["properties"].items() if key != "join"}
+    parts["Changes"] = {
+        "type": "object",
+        "description": "Some keys of a group that the file extends.",
+        "properties": {key: dict(form) for key, form in sorted(keys.items())},
+        "additionalProperties": False,
+        "minProperties": 1,
+    }
+    for field in parts["Changes"]["properties"].values():
+        _removable(field)
+    for field in (made["properties"]["machine"], groups):
+        field["anyOf"] = [*field.pop("oneOf"), {"$ref": "#/$defs/Changes"}]
 
 
 def _removable(field: dict[str, Any]) -> None:

@@ -144,15 +144,11 @@ def _f_over_b(schedule: Schedule, topology: Topology, hop: float) -> float | Non
     """The c of 2 c^2 heads (head_dim + v_head_dim) / F = c kv_heads (head_dim + v_head_dim) itemsize / B."""
     work = schedule.workload
     kinds = {topology.graph.vertices[number].device for number in topology.place(schedule.world_size)}
-    devices = [topology.spec.devices[kind] for kind in kinds]
-    peaks = [
-        _peak(device.peak.get(work.dtype), [t.rate for t in device.attention if t.dtype == work.dtype]) for device in devices
-    ]
-    known = [peak * device.speed for peak, device in zip(peaks, devices, strict=True) if peak is not None]
-    if len(known) < len(devices):
-        return None
+    known = []
+    for device in (topology.spec.devices[kind] for kind in kinds):
+        tables = [device.rate(table) for table in device.attention if table.dtype == work.dtype]
+        peaks = [rate * device.speed for dtype, rate in device.peak.items() if dtype == work.dtype] or tables
+        if not peaks:
+            return None
+        known.append(max(peaks))
     return min(known) * ITEMSIZE[work.wire_dtype] * work.kv_heads / (2 * work.heads * hop)
-
-
-def _peak(peak: float | None, rates: list[float | None]) -> float | None:
-    return peak if peak is not None else max((rate for rate in rates if rate is not None), default=None)

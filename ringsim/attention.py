@@ -66,9 +66,14 @@ class RingAttention:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank's plan holds now: buffers and, once it has run, the backend's scratch."""
+        """Bytes of buffers that this rank's plan holds; the arrays of a call are the caller's."""
+        return self._rank.memory.nbytes
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes of the backend's scratch, which the first call makes."""
         scratch: int = self._backend.nbytes
-        return self._rank.memory.nbytes + scratch
+        return scratch
 
     @property
     def footprint(self) -> Footprint:

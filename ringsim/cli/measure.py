@@ -80,7 +80,7 @@ def measure(
             if index >= warmup:
                 runs.append(timeline)
             advance("running" if index < warmup + repeats - 1 else "checking")
-        held = attention.nbytes + sum(array.nbytes for array in (q, k, v, out))
+        held = attention.nbytes + attention.scratch_nbytes + sum(array.nbytes for array in (q, k, v, out))
         sizes = transport.allgather((held, attention.footprint.nbytes))
         found = checking.check(transport, schedule, q, out, seed) if check else None
     described = facts(transport, threads)

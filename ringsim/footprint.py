@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any, Final
 
@@ -89,6 +90,7 @@ class Footprint:
         }
 
 
+@lru_cache(maxsize=4096)
 def footprint(
     schedule: Schedule,
     rank: int,

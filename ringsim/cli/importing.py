@@ -41,8 +41,9 @@ def import_(path: Path, output: Path | None, name: str | None, format_: str | No
     if output is None:
         click.echo(made.text, nl=False)
     else:
+        before = output.exists()
         files.write_text(output, made.text)
-        click.echo(f"wrote {output}")
+        click.echo(f"{'replaced' if before else 'wrote'} {output}")
 
 
 def _summary(made: importing.Imported) -> RenderableType:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 import time
 import traceback
@@ -105,6 +107,7 @@ def end(run: Callable[[], Any], *, communicates: bool = False) -> int:
     """
     try:
         code = run()
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as request:
         return request.exit_code
@@ -121,9 +124,27 @@ def end(run: Callable[[], Any], *, communicates: bool = False) -> int:
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
         return _end_together(f"ringsim: {text}", communicates=communicates)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
-        trace = "".join(traceback.format_exception(error))
-        _say(f"ringsim: rank {launched_rank() or 0} failed: {error!r}\n{trace}", always=True)
-        return _abort(1)
+        return _end_unforeseen(error)
+
+
+def _end_unforeseen(error: BaseException) -> int:
+    """Say it with its trace, unless nobody can be told: the reader of the output has gone, or its disk is full."""
+    if isinstance(error, SystemExit) or getattr(error, "errno", None) == errno.EPIPE:
+        # click and rich end the process when the reader goes, as `head` does
+        _silence()
+        return _abort(128 + signal.SIGPIPE)
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        _silence()
+        _say(f"ringsim: standard output: {error.strerror}", always=True)
+        return _abort(2)
+    trace = "".join(traceback.format_exception(error))
+    _say(f"ringsim: rank {launched_rank() or 0} failed: {error!r}\n{trace}", always=True)
+    return _abort(1)
+
+
+def _silence() -> None:
+    """What is still to be flushed goes nowhere."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - until the process ends
 
 
 def _end_together(message: str, *, communicates: bool) -> int:

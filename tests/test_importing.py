@@ -155,7 +155,7 @@ def test_two_nodes_of_an_imported_one_meet_on_rails(tmp_path):
         ["node-0/switch-1", "node-0/nic-3", "rail-3", "node-1/nic-3", "node-1/switch-1"],
     )
     sources = {figure.key: figure.kind for figure in machine.figures}
-    assert (sources["links.pcie.bandwidth"], sources["links.pcie.latency"]) == ("measured", "guessed")
+    assert (sources["links.pcie.bandwidth"], sources["links.pcie.latency"]) == ("vendor", "guessed")
 
 
 def test_a_direct_mesh_of_nccl_is_in_rank_order_with_its_speeds_and_counts():
@@ -178,7 +178,7 @@ def test_the_hybrid_mesh_takes_nvlink_where_there_is_one_and_else_pcie():
 def test_nics_under_the_switch_of_a_gpu_are_its_own_and_others_nobodys():
     made = imported("smi-nvswitch.txt")
     assert "affinity: {gpu-0: mlx5_0, gpu-1: mlx5_1," in made.text
-    assert next(note for note in made.notes if "no GPU uses" in note).endswith("enough: mlx5_8, mlx5_9")
+    assert next(note for note in made.notes if "no GPU uses" in note).endswith("nearer or faster: mlx5_8, mlx5_9")
     machine = finished("smi-nvswitch.txt")
     number = machine.graph.numbers["mlx5_3"]
     assert machine.graph.own[machine.devices[3]] == {number}
@@ -265,6 +265,17 @@ def test_a_figure_that_is_unknown_may_stand_anywhere_and_a_name_may_be_that_word
         topology.parse(text, "x", {key: value for key, value in values.items() if key != "links.unknown.latency"})
     with pytest.raises(TopologyError, match=r"^--set n=unknown: 1 figure is unknown:\n  counts\.n"):
         topology.parse(text, "x", values | {"n": "unknown"})
+
+
+def test_what_holds_names_depends_on_where_it_stands():
+    text = (
+        "ringsim: 2\nname: x\nsource: 'guessed: x'\ncounts: {name: unknown, link: unknown}\nlinks:\n"
+        "  a: {bandwidth: 1 GB/s, regimes: [{from: unknown, latency: 1 us}]}\n  socket: unknown\n  to: {latency: unknown}\n"
+        "machine:\n  join: explicit\n  members: {unknown: gpu, b: unknown}\n  connect: [{from: unknown, to: b, link: unknown}]\n"
+    )
+    places = unknowns(yaml_source.parse(text, "x", TopologyError).value)
+    found = [".".join(map(str, place)) for place in places]
+    assert found == ["counts.name", "counts.link", "links.a.regimes.0.from", "links.socket", "links.to.latency"]
 
 
 def test_affinity_names_a_device_and_a_plain_nic_of_its_group():

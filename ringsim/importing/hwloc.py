@@ -32,6 +32,8 @@ def read(topology: Element, file: str) -> Sketch:
     openfabrics = any("OpenFabrics" in network(device, version) for device in _devices(machines[0]))
     objects = Objects(file=name, version=version, sketch=Sketch(title=title, what=WHAT), openfabrics=openfabrics)
     objects.walk(machines[0], "")
+    objects.number()
+    objects.remark()
     matrices: dict[str, Element] = {}
     for element in (*topology.all("distances2"), *topology.all("distances2hetero")):
         label = element.attributes.get("name", "")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from ..units import shown
@@ -13,12 +14,15 @@ from .wires import MOST_GPUS, Cable, Sketch, Spot, named, numbers, pcie, plain
 WHAT = "hwloc topology"
 BACKENDS = {"nvml": "NVML", "cuda": "CUDA", "rsmi": "RSMI", "ze": "LevelZero"}
 MEMORY = ("CUDAGlobalMemorySize", "RSMIVRAMSize")
-MOST_OBJECTS = 1024
+MOST_OBJECTS, MOST_SHOWN = 1024, 32
 NVSWITCH = "nvlink-switch"
 # bits of osdev_type in version 3, numbers in version 2: OpenFabrics, network
 _NICS = {"2": {"3": "OpenFabrics", "2": "network"}}
 _OPENFABRICS, _NETWORK = 32, 16
 _SPEED = re.compile(r"[0-9]{1,5}(?:\.[0-9]{1,9})?")
+_BUS = re.compile(r"([0-9a-f]{1,8}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-9a-f])")
+# what lspci calls a 3D controller and a processing accelerator: GPUs whatever lstopo knows of them; 03 is any display
+_GPUS, _DISPLAY = ("0302", "1200"), "03"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,11 @@ class Objects:
     """By gp_index: the spot of an object."""
     buses: dict[str, Element] = field(default_factory=dict)
     cards: dict[tuple[str, str], str] = field(default_factory=dict)
+    indices: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By GPU and by library: its number there."""
+    left: list[str] = field(default_factory=list)
+    """Displays that are taken for no GPU."""
+    bridges: int = 0
 
     def walk(self, element: Element, path: str) -> None:
         """An object that is no I/O, and all in it."""
@@ -64,11 +73,14 @@ class Objects:
     def pci(self, element: Element, above: Above) -> None:
         """A bridge or device. Below a root complex come root ports, below a port switches, below a switch its ports."""
         kind = element.get("type")
+        self.bridges += kind == "Bridge"
         if kind == "Bridge" and element.get("bridge_type").startswith("0-"):
             for child in self._inside(element):
                 self.pci(child, above)
             return
         bus = element.get("pci_busid").lower()
+        if not _BUS.fullmatch(bus):
+            raise element.fail(f"pci_busid={shown(bus)} is no PCI address such as 0000:07:00.0")
         if bus in self.buses:
             raise element.fail(f"pci_busid {shown(bus)} is there twice; first on line {self.buses[bus].line}")
         self.buses[bus] = element
@@ -104,17 +116,18 @@ class Objects:
     def device(self, element: Element, bus: str, above: str, speed: Fraction | None) -> None:
         """A GPU, a NIC, an NVSwitch, or something that does not matter here."""
         inside = [child for child in element.all("object") if child.get("type") == "OSDev"]
-        gpus = {name: found for child in inside if (found := _backend(child)) and (name := child.attributes.get("name", ""))}
         code = element.attributes.get("pci_type", "")
-        if gpus or (not inside and code.startswith(("0302", "1200"))):
+        if code.startswith(_GPUS) or any(_backend(child) or _opencl(child) for child in inside):
             self.gpu(element, inside, bus, above, speed)
+        elif code.startswith(_DISPLAY):
+            self.left.append(plain(f"{bus} {code}")[:MOST_SHOWN])
         elif element.attributes.get("subtype") == "NVSwitch" or code.startswith("0680 [10de"):
             self._number(element, f"{NVSWITCH} {bus}")
         else:
             self.nic(inside, bus, above, pcie(speed, self.said, "nic"))
 
     def gpu(self, element: Element, inside: list[Element], bus: str, above: str, speed: Fraction | None) -> None:
-        """A GPU: its number is NVML's, else CUDA's, else RSMI's."""
+        """A GPU; its number comes when all are known."""
         found: dict[str, list[Element]] = {}
         for child in inside:
             found.setdefault(_backend(child) or "", []).append(child)
@@ -122,22 +135,42 @@ class Objects:
         if many or self.sketch.count("gpu") >= MOST_GPUS:
             what = "several GPUs in one PCI device (partitions)" if many else f"more than {MOST_GPUS} GPUs"
             raise element.fail(f"{what}: not supported")
-        main = next((found[backend][0] for backend in BACKENDS.values() if backend in found), None)
-        order = re.search(r"([0-9]{1,6})$", main.attributes.get("name", "")) if main else None
         infos = {info.get("name"): info.get("value") for child in inside for info in child.all("info")}
         memory = next((_memory(element, infos[key], key, self.file) for key in MEMORY if key in infos), None)
         spot = Spot(
             name=f"bus {bus}",
             kind="gpu",
-            order=(int(order[1]),) if order else (),
             remark=plain(bus),
             model=plain(infos.get("GPUModel", element.attributes.get("pci_type", ""))),
             memory=memory,
         )
         self.sketch.add(spot)
+        self.indices[spot.name] = {key: _index(children[0]) for key, children in found.items() if key}
         self.sketch.wire(spot.name, above, pcie(speed, self.said, ""))
         for child in (element, *inside):
             self._number(child, spot.name)
+
+    def number(self) -> None:
+        """Number the GPUs as NVML does, else CUDA, RSMI, Level Zero; where none has all of them, by PCI address."""
+        every = None
+        for key in reversed(BACKENDS.values()):
+            known = {found.get(key, -1) for found in self.indices.values()}
+            every = key if len(known) == len(self.indices) and -1 not in known else every
+        for name, found in self.indices.items():
+            address = tuple(int(part, 16) for part in re.split("[:.]", name.removeprefix("bus ")))
+            self.sketch.spots[name] = replace(self.sketch.spots[name], order=(found[every],) if every else address)
+        if every is None and len(self.indices) > 1:
+            self.sketch.notes.append("GPUs are in the order of their PCI addresses: no library has a number for all of them")
+
+    def remark(self) -> None:
+        """What a reader has to know of this file's objects."""
+        if self.left:
+            more = f" and {len(self.left) - 4} more" if len(self.left) > 4 else ""
+            note = f"displays without NVML, CUDA, RSMI, Level Zero or OpenCL are no GPUs here: {', '.join(self.left[:4])}{more}"
+            self.sketch.notes.append(note)
+            self.sketch.without = f"{note}; lstopo had no NVML"
+        if not self.bridges and self.buses:
+            self.sketch.notes.append("the file has no bridges (lstopo --no-bridges?): PCIe switches are not known")
 
     def nic(self, inside: list[Element], bus: str, above: str, cable: Cable) -> None:
         """The OpenFabrics devices; network interfaces only where the file has none of those."""
@@ -190,6 +223,18 @@ def _backend(device: Element) -> str | None:
     return BACKENDS[name[1]] if name else None
 
 
+def _index(device: Element) -> int:
+    """The number at the end of a GPU library's name."""
+    return int(device.get("name").lstrip("abcdefghijklmnopqrstuvwxyz"))
+
+
+def _opencl(device: Element) -> bool:
+    """Whether OpenCL says that a device is a GPU."""
+    if not device.attributes.get("name", "").startswith("opencl"):
+        return False
+    return any((info.get("name"), info.get("value")) == ("OpenCLDeviceType", "GPU") for info in device.all("info"))
+
+
 def network(device: Element, version: str) -> tuple[str, ...]:
     """Whether a device is of OpenFabrics, of the network, or both."""
     number = device.whole("osdev_type", 0, 2**32)
@@ -203,4 +248,5 @@ def _memory(element: Element, text: str, key: str, file: str) -> str:
     match = re.fullmatch(r"([1-9][0-9]{0,14})(?: ?KiB)?", text)
     if match is None:
         raise element.fail(f"{key}={shown(text)} is no number of KiB")
-    return f'{{value: {match[1]} KiB, source: "measured: {WHAT} {plain(file)}, {key}"}}'
+    source = json.dumps(plain(f"measured: {WHAT} {file}, {key}"), ensure_ascii=False)
+    return f"{{value: {match[1]} KiB, source: {source}}}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import PurePath
@@ -14,16 +15,21 @@ from .wires import MOST_GPUS, Cable, Sketch, Spot, named, pcie, plain, quantity
 WHAT = "NCCL topology dump"
 VERSIONS = ("1", "2")
 SWITCH_CLASS, CPU_CLASS = "0x068000", "0x068001"
-MOST_LANES, MOST_CABLES, MOST_MBIT, MOST_MBYTE = 64, 1024, 10**8, 10**8
+MOST_LANES, MOST_CABLES, MOST_MBIT, MOST_MBYTE, MOST_PORTS = 64, 1024, 10**8, 10**8, 64
+FEW, DEEP = 4, 3
 # what a line carries of what it signals: 8b/10b, 128b/130b, and from 64 GT/s on FLIT mode's 242 of 256 bytes
 _CODES = ((Fraction(5), "8b/10b", Fraction(8, 10)), (Fraction(32), "128b/130b", Fraction(128, 130)))
 _FLIT = ("FLIT, 242 of 256 bytes", Fraction(242, 256))
 _SPEED = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,4})?) GT/s(?: PCIe)?")
+_IDENTITY = ("vendor", "device", "subsystem_vendor", "subsystem_device")
 _BUS = re.compile(r"[0-9a-f]{1,8}:[0-9a-f]{2,4}:[0-9a-f]{2}(?:\.[0-9a-f])?")
 
 
 def rate(element: Element, file: str) -> tuple[Fraction | None, str]:
-    """GB/s of a PCIe link by its signalling rate and lanes, and the source; None where the dump has none (0 lanes, no speed)."""
+    """GB/s of a PCIe link by its signalling rate and lanes, and the source; None where the dump has none (0 lanes, no speed).
+
+    NCCL has the smaller `max_link_speed` and `max_link_width` of the link's ends: what it can do, not what was measured.
+    """
     speed, lanes = element.attributes.get("link_speed", ""), element.attributes.get("link_width", "")
     if speed in ("", "Unknown", "Unknown speed") or lanes in ("", "0"):
         return None, ""
@@ -32,7 +38,17 @@ def rate(element: Element, file: str) -> tuple[Fraction | None, str]:
         raise element.fail(f"link_speed={shown(speed)} is no PCIe speed such as '16.0 GT/s PCIe'")
     width, signalled = element.whole("link_width", 1, MOST_LANES), Fraction(match[1])
     code, share = next(((name, part) for most, name, part in _CODES if signalled <= most), _FLIT)
-    return signalled * width * share / 8, f"measured: {WHAT} {file}, {match[1]} GT/s x {width} lanes, {code}"
+    return signalled * width * share / 8, f"vendor: {WHAT} {file}, the link's maximum, {match[1]} GT/s x {width} lanes, {code}"
+
+
+def broadcom(element: Element, level: int) -> int:
+    """The PCIe generation of a Broadcom switch (level 0) or sub-switch (1) that is one device; else 0. As topo.cc's getBcmGen."""
+    vendor, device, maker, model = (element.attributes.get(key, "").lower() for key in _IDENTITY)
+    if (vendor, device, maker) == ("0x1000", "0xc010", "0x1000") and re.fullmatch("0xa...", model):
+        return 4
+    if (vendor, device, maker) == ("0x1000", "0xc030", "0x1000") and re.fullmatch("0x1..." if level else "0x0...", model):
+        return 5
+    return 0
 
 
 @dataclass(slots=True)
@@ -45,9 +61,15 @@ class _Reading:
     cards: dict[tuple[str, str], str] = field(default_factory=dict)
     gpus: dict[str, tuple[str, Element | None]] = field(default_factory=dict)
     """By bus id: root complex, element."""
+    links: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
+    """By bus id and kind: how many lead to which bus id."""
+    absent: list[tuple[str, str]] = field(default_factory=list)
+    itself: list[str] = field(default_factory=list)
+    merged: int = 0
+    deepest: int = 0
 
-    def pci(self, element: Element, above: str, root: str) -> None:
-        """A PCI device or switch and what lies in it."""
+    def pci(self, element: Element, above: str, root: str, depth: int = 0, merging: int = 0) -> None:
+        """A PCI device or switch and what lies in it. merging: the generation of the switch above that takes sub-switches in."""
         bus = element.get("busid").lower()
         if not _BUS.fullmatch(bus):
             raise element.fail(f"busid={shown(bus)} is no PCI address such as 0000:07:00.0")
@@ -61,11 +83,16 @@ class _Reading:
         elif nics or (kind.startswith("0x02") and not element.all("pci")):
             card = (above, bus.rpartition(".")[0] or bus)
             self.nic(element, nics, above, pcie(speed, source, "nic"), card)
+        elif merging and broadcom(element, 1) == merging:
+            self.merged += 1
+            for child in element.all("pci"):
+                self.pci(child, above, root, depth)
         elif element.all("pci"):
             switch = self.sketch.add(Spot(name=f"switch-{self.sketch.count('switch')}", kind="switch", remark=bus))
             self.sketch.wire(switch, above, pcie(speed, source, "uplink"))
+            self.deepest = max(self.deepest, depth + 1)
             for child in element.all("pci"):
-                self.pci(child, switch, root)
+                self.pci(child, switch, root, depth + 1, broadcom(element, 0))
 
     def gpu(self, element: Element, bus: str, above: str, root: str) -> None:
         """A GPU; its fabric comes when all GPUs are known."""
@@ -80,6 +107,10 @@ class _Reading:
             model += f", sm {found.whole('sm', 0, 10**6)}"
         speed, source = rate(element, self.file)
         self.gpus[bus] = (root, found)
+        for link in found.children if found else []:
+            if link.name in ("nvlink", "xgmi"):
+                counts = self.links.setdefault((bus, link.name), Counter())
+                counts[link.get("target").lower()] += link.whole("count", 1, MOST_CABLES)
         name = self.sketch.add(Spot(name=f"bus {bus}", kind="gpu", order=order, remark=bus, model=plain(model)))
         self.sketch.wire(name, above, pcie(speed, source, ""))
 
@@ -95,9 +126,10 @@ class _Reading:
         speeds = tuple(speed for net in ports if (speed := self._speed(net)) is not None)
         if card is not None and card in self.cards:
             old = self.sketch.spots[self.cards[card]]
-            self.sketch.spots[old.name] = Spot(
-                name=old.name, kind="nic", remark=f"{old.remark}, {', '.join(said)}", speeds=old.speeds + speeds
-            )
+            if len(old.speeds) + len(ports) > MOST_PORTS:
+                raise element.fail(f"a card of more than {MOST_PORTS} ports")
+            remark = plain(f"{old.remark}, {', '.join(said)}")
+            self.sketch.spots[old.name] = Spot(name=old.name, kind="nic", remark=remark, speeds=old.speeds + speeds)
             return
         name = named(said[0])
         if card is None and name in self.sketch.spots and self.sketch.origin[name] == said[0]:
@@ -144,14 +176,13 @@ class _Reading:
     def direct(self, link: Element, bus: str, target: str, count: int) -> None:
         """Links to another GPU, which has as many back."""
         if target == bus:
-            raise link.fail(f"{bus} has links to itself")
-        if target not in self.gpus:
-            self.sketch.notes.append(f"left out: {count} {link.name}(s) from {bus} to {plain(target)}, which is not in the file")
+            self.itself.append(bus)
             return
-        _, other = self.gpus[target]
-        ends = [entry for entry in (other.all(link.name) if other else []) if entry.get("target").lower() == bus]
-        if sum(entry.whole("count", 1, MOST_CABLES) for entry in ends) != count:
-            back = sum(entry.whole("count", 1, MOST_CABLES) for entry in ends)
+        if target not in self.gpus:
+            self.absent.append((bus, target))
+            return
+        back = self.links.get((target, link.name), Counter())[bus]
+        if back != count:
             raise link.fail(f"{bus} has {count} links to {target}, which has {back} back")
         if bus < target:
             self.sketch.wire(f"bus {bus}", f"bus {target}", _lanes(link.name, count))
@@ -195,9 +226,43 @@ def read(system: Element, file: str) -> Sketch:
 def _remarks(reading: _Reading) -> None:
     """What a reader has to know of this dump."""
     found = [element for _, element in reading.gpus.values() if element is not None]
+    notes = reading.sketch.notes
     if not any(element.all("nvlink") or element.all("xgmi") for element in found):
-        reading.sketch.notes.append("the file has no NVLink or XGMI: the GPUs have none, or NCCL was to find them by itself")
-    slow = [bus for bus, element in reading.buses.items() if element.attributes.get("link_speed", "").startswith("2.5 GT/s")]
-    if slow:
-        note = f"2.5 GT/s, as idle devices and a virtual machine's bridges have: {', '.join(slow[:4])}"
-        reading.sketch.notes.append(note + (f" and {len(slow) - 4} more" if len(slow) > 4 else ""))
+        notes.append("the file has no NVLink or XGMI: the GPUs have none, or NCCL was to find them by itself")
+    if reading.absent:
+        notes.append(
+            f"left out: links to GPUs that are not in the file: {_few([f'{a} to {plain(b)}' for a, b in reading.absent])}"
+        )
+    if reading.itself:
+        notes.append(f"left out: links of a GPU to itself: {_few(reading.itself)}")
+    if reading.merged:
+        notes.append(
+            f"{reading.merged} Broadcom sub-switches are one with the switch above, as NCCL takes them: full rate on all ports"
+        )
+    if reading.deepest >= DEEP:
+        note = (
+            f"up to {reading.deepest} PCIe switches in a row: where some are one device, it may carry more than the wires between"
+        )
+        notes.append(note)
+    linked = [bus for bus, element in reading.buses.items() if element.all("pcilink")]
+    if linked:
+        notes.append(f"left out: PCIe links between switches (pcilink), for which the file has no figure: {_few(linked)}")
+    _slow(reading)
+
+
+def _slow(reading: _Reading) -> None:
+    """PCIe figures that say little."""
+    speeds = {bus: element.attributes.get("link_speed", "") for bus, element in reading.buses.items()}
+    for text, gpus, what in (
+        ("2.5 GT/s", True, "2.5 GT/s, as NVML, which newer NCCL asks, has it of an idle GPU"),
+        ("2.5 GT/s", False, "2.5 GT/s, as a virtual machine's bridges and devices have"),
+        ("16.0 GT/s", True, "16.0 GT/s, as NCCL writes where NVML fails (the kernel's own is '16.0 GT/s PCIe')"),
+    ):
+        exact = {text, f"{text} PCIe"} if text == "2.5 GT/s" else {text}
+        slow = [bus for bus, speed in speeds.items() if speed in exact and (bus in reading.gpus) == gpus]
+        if slow:
+            reading.sketch.notes.append(f"{what}: {_few(slow)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")

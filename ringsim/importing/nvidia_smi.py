@@ -27,12 +27,16 @@ _AFFINITY = ("CPU", "NUMA", "GPU")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """Names, the cell of each pair, the affinity columns of each row as one text, and what the NICs are called."""
+    """Names, the cell of each pair, what the NICs are called; of each row the affinity columns as one text, and the NUMA node.
+
+    `numa` has those rows alone whose NUMA affinity is one number: several, or none, say nothing of where a GPU is.
+    """
 
     file: str
     names: tuple[str, ...]
     cells: dict[tuple[str, str], str]
     affinity: dict[str, str]
+    numa: dict[str, str]
     legend: dict[str, str]
 
     @property
@@ -51,7 +55,7 @@ class Matrix:
 
 
 def matrix(text: str, file: str) -> Matrix:
-    """The first matrix of a text. Raises TopologyError with file and line."""
+    """The matrix of a text. Raises TopologyError with file and line."""
     lines = [_ANSI.sub("", line) for line in text.splitlines()]
     start = next((number for number, line in enumerate(lines) if line.split()[:1] == ["GPU0"] and _header(line)), None)
     if start is None:
@@ -60,6 +64,7 @@ def matrix(text: str, file: str) -> Matrix:
     if len(set(names)) < len(names) or len(names) > MOST_COLUMNS:
         raise TopologyError(f"{file}:{start + 1}: the columns are 1 to {MOST_COLUMNS} different names")
     rows = _rows(lines, start, names, file)
+    _alone(lines, max(rows.values(), default=start), file)
     cells: dict[tuple[str, str], str] = {}
     for name in names:
         cells |= {(name, other): cell for other, cell in zip(names, _cells(lines, rows[name], names, file), strict=True)}
@@ -67,9 +72,11 @@ def matrix(text: str, file: str) -> Matrix:
         if cells[one, other] != cells[other, one]:
             where = f"{file}:{rows[other] + 1}"
             raise TopologyError(f"{where}: {other} to {one} is {cells[other, one]}, and {one} to {other} {cells[one, other]}")
-    affinity = {name: _columns(lines[rows[name]], len(names)) for name in names}
+    columns = {name: _columns(lines[rows[name]], len(names)) for name in names}
+    affinity = {name: plain(" / ".join(filter(None, found))) for name, found in columns.items()}
+    numa = {name: found[1] for name, found in columns.items() if re.fullmatch("[0-9]{1,4}", found[1])}
     legend = {match[1]: match[2] for line in lines[start:] if (match := _LEGEND.fullmatch(line))}
-    return Matrix(file=file, names=names, cells=cells, affinity=affinity, legend=legend)
+    return Matrix(file=file, names=names, cells=cells, affinity=affinity, numa=numa, legend=legend)
 
 
 def _rows(lines: list[str], start: int, names: tuple[str, ...], file: str) -> dict[str, int]:
@@ -88,6 +95,14 @@ def _rows(lines: list[str], start: int, names: tuple[str, ...], file: str) -> di
     if missing is not None:
         raise TopologyError(f"{file}:{start + 1}: no row for column {missing}: a file cut off, or columns run together?")
     return rows
+
+
+def _alone(lines: list[str], end: int, file: str) -> None:
+    """Raises TopologyError if another matrix follows."""
+    for number in range(end + 1, len(lines)):
+        words = lines[number].split()
+        if words[:1] == ["GPU0"] and "X" not in words and _header(lines[number]):
+            raise TopologyError(f"{file}:{number + 1}: a second matrix: import one at a time")
 
 
 def _header(line: str) -> tuple[str, ...]:
@@ -112,11 +127,11 @@ def _cells(lines: list[str], number: int, names: tuple[str, ...], file: str) -> 
     return cells
 
 
-def _columns(line: str, count: int) -> str:
-    """CPU and NUMA affinity as one text; empty where there is none."""
+def _columns(line: str, count: int) -> tuple[str, str]:
+    """CPU and NUMA affinity; empty where there is none."""
     fields = [field.strip() for field in line.split("\t")] if "\t" in line.strip() else line.split()
-    found = " / ".join(field for field in fields[count + 1 : count + 3] if field and field != "N/A")
-    return plain(found)
+    cpus, numa = (["" if field == "N/A" else field for field in fields[count + 1 : count + 3]] + ["", ""])[:2]
+    return cpus, numa
 
 
 class _Sets:
@@ -142,15 +157,14 @@ class _Sets:
 def _clusters(found: Matrix) -> dict[int, _Sets]:
     """For each level the sets of what is at least so near. Raises TopologyError where the cells are no tree.
 
-    Two GPUs on NVLink are taken as near as the text allows no nearer: through a third, or by equal affinities.
+    Two GPUs on NVLink are taken as near as the text allows no nearer: through a third, or by one NUMA node for both.
     """
     clusters = {}
     sets = _Sets(found.names)
     pairs = list(combinations(found.names, 2))
     for level in (SWITCH, SWITCHES, ROOT):
         for one, other in pairs:
-            alike = level == ROOT and found.near(one, other) is None and found.affinity[one] == found.affinity[other] != ""
-            if found.near(one, other) == level or alike:
+            if found.near(one, other) == level:
                 sets.join(one, other)
         clusters[level] = sets
         for one, other in pairs:
@@ -164,7 +178,20 @@ def _clusters(found: Matrix) -> dict[int, _Sets]:
         for name in found.names:
             fresh.join(sets.of(name), name)
         sets = fresh
+    for node in dict.fromkeys(found.numa.values()):
+        clusters[ROOT] = _nearer(found, clusters[ROOT], [name for name in found.gpus if found.numa.get(name) == node])
     return clusters
+
+
+def _nearer(found: Matrix, sets: _Sets, alike: list[str]) -> _Sets:
+    """The sets with GPUs of one NUMA node in one, unless the cells say that they are not."""
+    fresh = _Sets(found.names)
+    for name in found.names:
+        fresh.join(sets.of(name), name)
+    for name in alike:
+        fresh.join(alike[0], name)
+    apart = (pair for pair in combinations(found.names, 2) if found.near(*pair) == SYSTEM)
+    return sets if any(fresh.of(one) == fresh.of(other) for one, other in apart) else fresh
 
 
 def read(text: str, file: str, fabric: str | None) -> Sketch:
@@ -180,17 +207,21 @@ def read(text: str, file: str, fabric: str | None) -> Sketch:
         else:
             said = found.legend.get(name, name)
             names[name] = sketch.add(Spot(name=named(said), kind="nic", remark=name if said != name else ""), said)
+    if len(found.gpus) > 1 and not any(found.nvlinks(*pair) for pair in combinations(found.gpus, 2)):
+        sketch.notes.append(
+            "no NVLink in the matrix: the GPUs have none, or it is of `nvidia-smi topo -mp`, which leaves them out"
+        )
     hidden = [pair for pair in combinations(found.gpus, 2) if found.near(*pair) is None]
     pairs = len(found.gpus) * (len(found.gpus) - 1) // 2
     if len(hidden) == pairs and pairs and len(found.gpus) == len(found.names):
         sketch.notes.append("all GPUs are on NVLink, which hides PCIe in this matrix: PCIe is left out")
     else:
-        _tree(found, sketch, names)
         if hidden:
             sketch.notes.append(
                 f"NVLink hides how near {len(hidden)} of {pairs} pairs of GPUs are on PCIe: "
-                "they are put no nearer to each other than NICs, other GPUs and affinities show"
+                "they are put no nearer to each other than NICs, other GPUs and NUMA affinities of one node show"
             )
+        _tree(found, sketch, names)
     _nvlink(found, sketch, names, fabric)
     return sketch
 
@@ -198,6 +229,7 @@ def read(text: str, file: str, fabric: str | None) -> Sketch:
 def _tree(found: Matrix, sketch: Sketch, names: dict[str, str]) -> None:
     """A root complex per set of NODE, a switch per set of PXB with several parts, and one per set of PIX with several."""
     clusters = _clusters(found)
+    sketch.notes += _doubts(found, clusters)
     groups: dict[str, dict[str, dict[str, list[str]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for name in found.names:
         root, switches, switch = (clusters[level].of(name) for level in (ROOT, SWITCHES, SWITCH))
@@ -213,6 +245,22 @@ def _tree(found: Matrix, sketch: Sketch, names: dict[str, str]) -> None:
                 port = _switch(sketch, above, uplink) if len(members) > 1 or len(parts) > 1 else above
                 for name in members:
                     sketch.wire(names[name], port, pcie(None, "", "" if name in found.gpus else "nic"))
+
+
+def _doubts(found: Matrix, clusters: dict[int, _Sets]) -> list[str]:
+    """What a reader has to know of the tree."""
+    notes = []
+    for node in dict.fromkeys(found.numa.values()):
+        if len({clusters[ROOT].of(name) for name in found.gpus if found.numa.get(name) == node}) > 1:
+            notes.append(f"NUMA affinity {node} of several GPUs is not used: the cells put them farther apart")
+    beside: dict[str, list[str]] = defaultdict(list)
+    for name in found.names:
+        beside[clusters[SWITCH].of(name)].append(name)
+    ports = [" and ".join(nics[:4]) for nics in beside.values() if len(nics) > 1 and not set(nics) & set(found.gpus)]
+    if ports:
+        what = "NICs on one PCIe switch are NICs of their own here; the text does not say whether they are ports of one card"
+        notes.append(f"{what}: {'; '.join(ports[:8])}")
+    return notes
 
 
 def _switch(sketch: Sketch, above: str, uplink: Cable) -> str:

@@ -13,6 +13,7 @@ DEEPEST = 128
 MOST_ELEMENTS = 200_000
 MOST_ATTRIBUTES = 64
 LONGEST_VALUE = 2**16
+SHOWN_NAME = 32
 CHUNK = 2**16
 _REFERENCE = re.compile(r"&(?!(?:amp|lt|gt|quot|apos|#[0-9]+|#x[0-9a-fA-F]+);)")
 
@@ -30,7 +31,7 @@ class Element:
 
     def fail(self, message: str) -> TopologyError:
         """The error for this element, with file and line."""
-        return TopologyError(f"{self.file}:{self.line}: <{self.name}>: {message}")
+        return TopologyError(f"{self.file}:{self.line}: <{self.name[:SHOWN_NAME]}>: {message}")
 
     def get(self, key: str) -> str:
         """An attribute that must be there. Raises TopologyError."""
@@ -78,7 +79,7 @@ class _Reader:
         if self.count > MOST_ELEMENTS:
             raise self.fail(f"more than {MOST_ELEMENTS} elements")
         if len(attributes) > MOST_ATTRIBUTES:
-            raise self.fail(f"<{name[:32]}> has {len(attributes)} attributes; at most {MOST_ATTRIBUTES}")
+            raise self.fail(f"<{name[:SHOWN_NAME]}> has {len(attributes)} attributes; at most {MOST_ATTRIBUTES}")
         long = next((key for key, value in attributes.items() if len(key) + len(value) > LONGEST_VALUE), None)
         if long is not None:
             raise self.fail(f"attribute {shown(long)} is longer than {LONGEST_VALUE} characters")

@@ -20,6 +20,8 @@ MOST_WIRES = 2**14
 MOST_ROOTS = 64
 LONGEST_NAME = 64
 LONGEST_REMARK = 200
+NO_NAMES = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n", "unknown"))
+"""Words that mean something else to some reader of YAML, or here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,7 @@ def named(text: str) -> str:
     if not text or len(text) > LONGEST_NAME:
         raise TopologyError(f"{shown(text)} is no name: 1 to {LONGEST_NAME} characters")
     clean = re.sub(r"[^A-Za-z0-9_-]", "_", text)
-    return clean if re.match(r"[A-Za-z_]", clean) else f"_{clean}"
+    return clean if re.match(r"[A-Za-z_]", clean) and clean.lower() not in NO_NAMES else f"_{clean}"
 
 
 def quantity(value: Fraction, unit: str) -> str:
@@ -125,6 +127,8 @@ class Sketch:
     notes: list[str] = field(default_factory=list)
     origin: dict[str, str] = field(default_factory=dict)
     reached: frozenset[str] = frozenset()
+    without: str = ""
+    """Why there may be no GPU."""
 
     def add(self, spot: Spot, said: str = "") -> str:
         """A new spot; returns its name. Raises TopologyError if there are too many, or if the name is taken."""
@@ -188,7 +192,7 @@ class Sketch:
     def _joined(self, kept: frozenset[str]) -> Node:
         order = {"gpu": 0, "nic": 1, "switch": 2, "root": 3, "fabric": 4}
         spots = sorted((spot for name, spot in self.spots.items() if name in kept), key=lambda spot: order[spot.kind])
-        gpus = _ranked([spot for spot in spots if spot.kind == "gpu"])
+        gpus = _ranked([spot for spot in spots if spot.kind == "gpu"], self.without)
         wires = [wire for wire in self.wires if wire.a in kept and wire.b in kept]
         roots = [spot.name for spot in spots if spot.kind == "root"]
         if len(roots) > MOST_ROOTS:
@@ -213,10 +217,11 @@ class Sketch:
         return _renamed(node, names)
 
 
-def _ranked(gpus: list[Spot]) -> list[Spot]:
+def _ranked(gpus: list[Spot], without: str) -> list[Spot]:
     """By number where all have one, else as the file has them. Raises TopologyError without any, or for a number twice."""
     if not gpus:
-        raise TopologyError("no GPU in it: for a machine of CPUs, `mpiexec -n P ringsim calibrate -o here.yaml` measures one")
+        remedy = "for a machine of CPUs, `mpiexec -n P ringsim calibrate -o here.yaml` measures one"
+        raise TopologyError(f"no GPU in it{without and f' ({without})'}: {remedy}")
     if not all(spot.order for spot in gpus):
         return gpus
     twice = next((one for one, other in combinations(gpus, 2) if one.order == other.order), None)
@@ -234,13 +239,17 @@ def _renamed(node: Node, names: dict[str, str]) -> Node:
 
 
 def _sorted(spots: Iterable[Spot], wires: Iterable[Wire]) -> tuple[Wire, ...]:
-    """PCIe from the GPUs up, sockets, GPU fabrics, NICs last: the order in which a `pcie-tree` makes its wires."""
+    """PCIe from the GPUs up, sockets, GPU fabrics, NICs last: the order in which a `pcie-tree` makes its wires.
+
+    C2C and NVLink to a CPU come before: of two ways of equal width, routes take the one whose wire was first.
+    """
     number = {spot.name: index for index, spot in enumerate(spots)}
     kind = {spot.name: spot.kind for spot in spots}
 
-    def rank(wire: Wire) -> tuple[bool, bool, int]:
-        nic = "nic" in (kind[wire.a], kind[wire.b])
-        return nic, wire.cable.kind not in ("pcie", "socket", "numa"), number[wire.a]
+    def rank(wire: Wire) -> tuple[bool, int, int]:
+        ends = kind[wire.a], kind[wire.b]
+        inside = 1 if wire.cable.kind in ("pcie", "socket", "numa") else 0 if "root" in ends else 2
+        return "nic" in ends, inside, number[wire.a]
 
     return tuple(sorted(wires, key=rank))
 
@@ -262,27 +271,45 @@ def _affinity(spots: list[Spot], wires: list[Wire]) -> tuple[tuple[tuple[str, st
         if nearest
         for index, gpu in enumerate(gpus)
     }
-    idle = [spot.name for spot in nics if spot.name not in own.values()]
-    notes = [f"NICs that no GPU uses, as others are nearer, faster or enough: {', '.join(idle[:40])}"] if idle else []
+    equal = {name for nearest in shares for name in nearest}
+    idle = [spot.name for spot in nics if spot.name not in own.values() and spot.name not in equal]
+    notes = [f"NICs that no GPU uses, as others are nearer or faster: {', '.join(idle[:40])}"] if idle else []
+    notes += _spare([spot for spot in nics if spot.name in equal], frozenset(own.values()))
     return tuple((spot.name, own[spot.name]) for spot in spots if spot.name in own), notes
 
 
+def _spare(nics: list[Spot], used: frozenset[str]) -> list[str]:
+    """What of the NICs that GPUs could use is not modelled: a GPU has one, and a NIC one port."""
+    spare = [spot.name for spot in nics if spot.name not in used]
+    some = sum(max(spot.speeds, default=0) for spot in nics if spot.name in used)
+    every = sum(sum(spot.speeds) for spot in nics)
+    if not spare and some == every:
+        return []
+    names = f"; {len(spare)} at equal distance are not used ({', '.join(spare[:40])})" if spare else ""
+    said = all(spot.speeds for spot in nics)
+    rates = f": the node has {float(some) / 1000:.6g} of {float(every) / 1000:.6g} Gbit/s" if said else ""
+    return [f"one port of one NIC per GPU is modelled{names}{rates}"]
+
+
 def _levels(start: str, spots: Iterable[Spot], wires: Iterable[Wire]) -> dict[str, tuple[int, int]]:
-    """Root complexes and PCIe switches (one, or more) between a GPU and all that it reaches: PIX, PXB, NODE, SYS."""
+    """Root complexes and PCIe switches (one, or more) between a GPU and all that it reaches: PIX, PXB, NODE, SYS.
+
+    A root complex of another socket counts twice.
+    """
     kind = {spot.name: spot.kind for spot in spots}
-    near: dict[str, list[str]] = defaultdict(list)
+    near: dict[str, list[tuple[str, bool]]] = defaultdict(list)
     for wire in wires:
-        near[wire.a].append(wire.b)
-        near[wire.b].append(wire.a)
+        near[wire.a].append((wire.b, wire.cable == SOCKET))
+        near[wire.b].append((wire.a, wire.cable == SOCKET))
     away, queue = {start: (0, 0)}, [start]
     for name in queue:
         if name != start and kind[name] not in ("switch", "root"):
             continue
         roots, switches = away[name]
-        past = (roots + (kind[name] == "root"), min(2, switches + (kind[name] == "switch")))
-        for other in near[name]:
+        roots, switches = roots + (kind[name] == "root"), min(2, switches + (kind[name] == "switch"))
+        for other, beyond in near[name]:
             if other not in away:
-                away[other] = past
+                away[other] = (roots + beyond, switches)
                 queue.append(other)
     # beyond a root complex the switches on the way decide nothing
     return {name: (roots, 0 if roots else switches) for name, (roots, switches) in away.items()}

@@ -9,10 +9,10 @@ from ..yaml_source import Document, Place
 from .figures import OWN, UNKNOWN
 
 SECTIONS: Final = ("counts", "devices", "links", "groups", "machine", "transports")
-# what holds names, not figures
+# what holds names, not figures, in a device, link, group or transport
 NAMES: Final = (
     *("name", "source", "join", "kind", "like", "inside", "link", "uplink", "socket", "spine", "trunk", "of", "members"),
-    *("connect", "from", "to", "exits", "avoid", "affinity"),
+    *("connect", "exits", "avoid", "affinity"),
 )
 REMEDY: Final = """write each where it stands, in a file that `extends` this one, or with --set KEY=VALUE; what measures them:
   bandwidth between GPUs: p2pBandwidthLatencyTest, nccl-tests, rocm_bandwidth_test; latency and regimes: osu_latency, then
@@ -36,8 +36,9 @@ def _places(value: Any, place: Place) -> Iterator[Place]:
 
 def _named(place: Place) -> bool:
     """Whether a name is meant: `link: unknown`, `connect: [[a, b, unknown]]`, `members: {a: unknown}`."""
-    words = [part for part in place if isinstance(part, str)]
-    return bool(words) and (words[-1] in NAMES or words[-2:-1] in (["members"], ["affinity"]))
+    # the second word is the name of a count, link and so on, whatever it is
+    words = [part for part in place[1 if place[0] == "machine" else 2 :] if isinstance(part, str)]
+    return bool(words) and (words[-1] in NAMES or words[-2:-1] in (["members"], ["affinity"], ["connect"]))
 
 
 def check(document: Document) -> None:

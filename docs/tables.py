@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import ringsim
-from ringsim import capacity, topology
-from ringsim.breakeven import Breakeven, breakeven
+from ringsim import topology
+from ringsim.breakeven import Breakeven, find_breakeven
 from ringsim.dtypes import canonical
-from ringsim.footprint import blockwise, dense
-from ringsim.inventory import ring_hops
-from ringsim.ledger import tokens
+from ringsim.hops import ring_hops
+from ringsim.ledger import account, tokens
 from ringsim.units import format_size, format_time
 
 DOCS = Path(__file__).parent
@@ -65,14 +64,14 @@ def block(name: str, heads: Heads, settings: Settings | None = None, multiple: i
     if settings is None and multiple == 1:
         return _block(name, heads)
     on, ranks = machine(name, settings)
-    return breakeven(schedule(name, ranks, heads), on, multiple=multiple)
+    return find_breakeven(schedule(name, ranks, heads), on, multiple=multiple)
 
 
 @cache
 def _block(name: str, heads: Heads) -> Breakeven:
     """That of the machine as it is, which several tables show."""
     on, ranks = machine(name)
-    return breakeven(schedule(name, ranks, heads), on)
+    return find_breakeven(schedule(name, ranks, heads), on)
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
@@ -214,20 +213,15 @@ def without_nvlink() -> str:
 
 
 def contexts() -> str:
-    """The longest context of every machine that says what memory it has."""
-    rows = []
+    """The longest context of every machine, as `ringsim memory` has it."""
+    rows: list[tuple[object, ...]] = []
     for name in REAL:
-        on, _ = topology.load(name), None
+        on = topology.load(name)
         ranks = len(on.slots)
-        made = schedule(name, ranks, GROUPED, 1024 * ranks)
-        kind = on.graph.vertices[on.place(ranks)[0]].device
-        room = capacity.room(on, kind)
-        if room is None:
-            continue
-        # on a host that ranks share, one alone has all of it
-        alone: list[Callable[[ringsim.Workload], Any]] = [blockwise, dense]
-        cells = [tokens(capacity.longest_alone(one, made.workload, room)) for one in alone]
-        rows.append((name, ranks, format_size(room), tokens(capacity.longest_ring(made, on)), *cells))
+        found = account(schedule(name, ranks, GROUPED, 1024 * ranks), on)
+        lengths = [tokens(found.longest[method]) for method in ("ring", "blockwise", "dense")]
+        what = f"{name} (float32)" if name in FLOAT32 else name
+        rows.append((what, ranks, format_size(found.demand.memory_nbytes or 0), *lengths))
     return markdown(("machine", "ranks", "memory of a device", "ring", "one device, blockwise", "one device, dense"), rows)
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import RingAttention, ring_attention, shard, unshard
+    from .breakeven import Breakeven, find_breakeven
     from .comparison import Comparison, compare
     from .errors import RingsimError
     from .execution import execute
+    from .footprint import Footprint, weigh
     from .mask import Causal, Full
     from .partition import Partition
     from .schedule import Schedule
@@ -29,10 +31,14 @@ _HOME = {
     "ring_attention": "attention",
     "shard": "attention",
     "unshard": "attention",
+    "Breakeven": "breakeven",
+    "find_breakeven": "breakeven",
     "Comparison": "comparison",
     "compare": "comparison",
     "RingsimError": "errors",
     "execute": "execution",
+    "Footprint": "footprint",
+    "weigh": "footprint",
     "Causal": "mask",
     "Full": "mask",
     "Partition": "partition",
@@ -46,8 +52,10 @@ _HOME = {
 }
 
 __all__ = [
+    "Breakeven",
     "Causal",
     "Comparison",
+    "Footprint",
     "Full",
     "Partition",
     "RingAttention",
@@ -59,11 +67,13 @@ __all__ = [
     "compare",
     "execute",
     "exposed_communication_s",
+    "find_breakeven",
     "load_topology",
     "ring_attention",
     "shard",
     "simulate",
     "unshard",
+    "weigh",
 ]
 
 

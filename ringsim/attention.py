@@ -15,8 +15,7 @@ from .arrays import as_array, writable
 from .dtypes import accumulator, numpy_dtype
 from .errors import ArrayError, RankMismatch, RingsimError, TransportError, WorkloadError
 from .execution import Rank, clock
-from .footprint import Footprint
-from .footprint import footprint as footprint_of
+from .footprint import Footprint, weigh
 from .partition import Partition
 from .schedule import Schedule
 from .timeline import Timeline, gather
@@ -79,7 +78,7 @@ class RingAttention:
     def footprint(self) -> Footprint:
         """What this rank holds while it runs, the caller's arrays included, by class: the model's answer."""
         blocking = self._backend.blocking(accumulator(self.schedule.workload.dtype))
-        return footprint_of(self.schedule, self._transport.rank, blocking=blocking, threads=self._backend.threads)
+        return weigh(self.schedule, self._transport.rank, blocking=blocking, threads=self._backend.threads)
 
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Array:
         """Attention of the local shards; returns this rank's rows of the output (or fills and returns `out`).

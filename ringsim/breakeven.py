@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from math import ceil, sqrt
 from typing import Any, Final
 
 from .costs import Costs
-from .dtypes import ITEMSIZE
-from .errors import BeyondFigures, TopologyError
-from .schedule import Compute, Schedule
+from .errors import BeyondFigures, TopologyError, WorkloadError
+from .hops import ring_hops
+from .schedule import Compute, Schedule, Send
 from .simulation import simulate
+from .timeline import Timeline
 from .topology import Topology
 
 LARGEST: Final = 2**22
 """Tokens per device up to which a block is sought."""
+USUAL: Final = 1024
+"""A block at which to look at sizes of messages and tiles."""
 NOTHING: Final = 1e-9
 """Of a run: waits shorter than that are the rounding of float seconds."""
-LARGE_NBYTES: Final = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Breakeven:
     """`tokens` per device from which on no rank waits for a hop or drives one; None if not up to `looked_to`.
 
+    Where ranks have uneven work, some wait for others: there, from which on the run is as short as with free hops.
     `looked_from` is the smallest block that the device's figures price: a result equal to it is an upper bound. At `tokens`:
-    `exposed` is the share of the run that hops cost although nobody waits (they slow the kernels), `flops_per_s` what the
-    kernel gets out of the device. `hop_bytes_per_s` is the slowest hop's rate alone, `f_over_b` the block of arXiv 2310.01889
-    (section 3.2, c = F/B, by kv_heads / heads and bytes per element) of that rate and the device's peak; None without a peak.
+    `exposed` is the share of the run that hops cost although nobody waits (they slow the kernels), `flops_per_s` what rank 0's
+    first kernel gets out of its device, launch included. `hop_bytes_per_s` is the slowest hop's rate while all ranks send,
+    `f_over_b` the block at which a step's arithmetic at the slowest device's peak takes as long as a hop at that rate: c = F/B
+    of arXiv 2310.01889, section 3.2, times kv_heads / heads and itemsize / 2. None without a peak.
     """
 
     machine: str
@@ -46,37 +51,60 @@ class Breakeven:
         return values | {"schedule": self.schedule.inputs()}
 
 
-def breakeven(schedule: Schedule, topology: Topology, *, multiple: int = 1) -> Breakeven:
+def find_breakeven(schedule: Schedule, topology: Topology, *, multiple: int = 1) -> Breakeven:
     """The break-even block of `schedule`'s strategy, heads and mask on `topology`; its own lengths do not matter.
 
-    Blocks are multiples of `multiple` tokens. Raises TopologyError where the machine lacks figures or room for the ranks.
+    Blocks are multiples of `multiple` tokens. Looks at powers of two, and at the blocks where a message or a tile comes to
+    another piece of the machine's figures, then between the largest that does not hide and the next. Raises TopologyError where
+    the machine lacks figures or room for the ranks, WorkloadError.
     """
     if schedule.world_size < 2:
         raise TopologyError(f"{topology.name}: one rank has no hop to hide; a ring needs --ranks 2 or more")
+    if not 1 <= multiple <= LARGEST:
+        raise WorkloadError(f"multiple is {multiple}; it must be 1 to {LARGEST} tokens")
+    if not schedule.workload.batch:
+        raise WorkloadError("batch is 0; a block needs a sequence")
 
     def at(count: int) -> Schedule:
         tokens = count * multiple * schedule.world_size
         return replace(schedule, workload=replace(schedule.workload, q_len=tokens, kv_len=tokens, lengths=None))
 
     def hidden(count: int) -> bool:
-        timeline = simulate(at(count), topology)
-        return timeline.exposed_s() <= NOTHING * timeline.total_s
+        made = at(count)
+        timeline = simulate(made, topology)
+        least_s = NOTHING * timeline.total_s
+        if timeline.exposed_s() <= least_s:
+            return True
+        # where ranks have uneven work, some wait for others whatever hops cost
+        return _uneven(timeline) and timeline.total_s - simulate(made, topology, free_hops=True).total_s <= least_s
 
     first, last, seen = _gallop(hidden, LARGEST // multiple)
-    count = _bisect(hidden, seen)
-    rates = (0.0, 0.0) if count is None else _at_breakeven(at(count), topology)
-    hop = _slowest_hop(topology, schedule.world_size)
+    usual = min(max(first, USUAL // multiple), last)
+    for count in _turns(at(usual), topology, usual):
+        if first < count < last and count not in seen:
+            seen[count] = hidden(count)
+    found = _bisect(hidden, seen)
+    exposed, flops_per_s = (0.0, 0.0) if found is None else _at_breakeven(at(found), topology)
+    hop = min(hop.together for hop in ring_hops(topology, schedule.world_size))
     return Breakeven(
         machine=topology.name,
-        schedule=schedule if count is None else at(count),
-        tokens=None if count is None else count * multiple,
+        schedule=schedule if found is None else at(found),
+        tokens=None if found is None else found * multiple,
         looked_from=first * multiple,
         looked_to=last * multiple,
-        exposed=rates[0],
-        flops_per_s=rates[1],
+        exposed=exposed,
+        flops_per_s=flops_per_s,
         hop_bytes_per_s=hop,
-        f_over_b=_f_over_b(schedule, topology, hop),
+        f_over_b=_f_over_b(at(usual), topology, hop, usual * multiple),
     )
+
+
+def _uneven(timeline: Timeline) -> bool:
+    """Whether ranks compute for different times."""
+    seconds = [0.0] * timeline.world_size
+    for event in timeline.events:
+        seconds[event.rank] += event.cpu_s
+    return max(seconds) - min(seconds) > 1e-6 * max(seconds)
 
 
 def _gallop(hidden: Callable[[int], bool], most: int) -> tuple[int, int, dict[int, bool]]:
@@ -94,7 +122,7 @@ def _gallop(hidden: Callable[[int], bool], most: int) -> tuple[int, int, dict[in
     if not seen:
         raise problem
     first = _first_priced(hidden, min(seen))
-    return first, max(seen), seen | ({first: hidden(first)} if first not in seen else {})
+    return first, max(seen), {first: hidden(first)} | seen
 
 
 def _first_priced(hidden: Callable[[int], bool], known: int) -> int:
@@ -108,6 +136,30 @@ def _first_priced(hidden: Callable[[int], bool], known: int) -> int:
         except BeyondFigures:
             low = middle
     return high
+
+
+def _turns(schedule: Schedule, topology: Topology, count: int) -> Iterable[int]:
+    """Counts at which a message reaches a regime, or a tile a point of the efficiency tables, given the schedule of `count`."""
+    placed = topology.place(schedule.world_size)
+    pairs = dict.fromkeys((placed[rank], placed[(rank + 1) % schedule.world_size]) for rank in range(schedule.world_size))
+    paths = [topology.path(*pair) for pair in pairs]
+    starts = {start for path in paths for start in path.starts} | {path.eager_nbytes + 1 for path in paths}
+    sizes = {op.region.nbytes for rank in range(schedule.world_size) for op in schedule.program(rank) if isinstance(op, Send)}
+    turns = {ceil(start * count / nbytes) for start in starts for nbytes in sizes if nbytes}
+    tables = [table for number in set(placed) for table in topology.device(number).attention]
+    points = {pairs for table in tables for pairs, _ in (*table.full, *table.masked)}
+    tiles = {tile.pairs() / ((tile.batch[1] - tile.batch[0]) * (tile.heads[1] - tile.heads[0])) for tile in _tiles(schedule)}
+    turns |= {ceil(count * sqrt(point / pairs)) for point in points for pairs in tiles if pairs}
+    return sorted(turns)
+
+
+def _tiles(schedule: Schedule) -> Iterable[Any]:
+    """Rank 0's, alike ones once."""
+    found = {}
+    for op in schedule.program(0):
+        for tile in op.tiles if isinstance(op, Compute) else ():
+            found[tile.q.count, tile.k.count, tile.masked] = tile
+    return found.values()
 
 
 def _bisect(hidden: Callable[[int], bool], seen: dict[int, bool]) -> int | None:
@@ -124,7 +176,7 @@ def _bisect(hidden: Callable[[int], bool], seen: dict[int, bool]) -> int | None:
 
 
 def _at_breakeven(schedule: Schedule, topology: Topology) -> tuple[float, float]:
-    """The share of the run that hops cost, and the FLOP/s of the first attend."""
+    """The share of the run that hops cost, and the FLOP/s of rank 0's first attend."""
     timeline = simulate(schedule, topology)
     free = simulate(schedule, topology, free_hops=True)
     number = topology.place(schedule.world_size)[0]
@@ -134,21 +186,26 @@ def _at_breakeven(schedule: Schedule, topology: Topology) -> tuple[float, float]
     return 1 - free.total_s / timeline.total_s, attend.flops / costs.cost(attend).seconds
 
 
-def _slowest_hop(topology: Topology, world_size: int) -> float:
-    placed = topology.place(world_size)
-    pairs = dict.fromkeys((placed[rank], placed[(rank + 1) % world_size]) for rank in range(world_size))
-    return min(topology.path(*pair).rate(LARGE_NBYTES) for pair in pairs)
+def _f_over_b(schedule: Schedule, topology: Topology, hop: float, tokens: int) -> float | None:
+    """FLOPs of a step grow with the square of a block, bytes with the block: where F and B make them equal.
 
-
-def _f_over_b(schedule: Schedule, topology: Topology, hop: float) -> float | None:
-    """The c of 2 c^2 heads (head_dim + v_head_dim) / F = c kv_heads (head_dim + v_head_dim) itemsize / B."""
-    work = schedule.workload
+    Of all steps with a hop under them, the one with the least arithmetic.
+    """
+    dtype = schedule.workload.dtype
     kinds = {topology.graph.vertices[number].device for number in topology.place(schedule.world_size)}
-    known = []
+    peaks = []
     for device in (topology.spec.devices[kind] for kind in kinds):
-        tables = [device.rate(table) for table in device.attention if table.dtype == work.dtype]
-        peaks = [rate * device.speed for dtype, rate in device.peak.items() if dtype == work.dtype] or tables
-        if not peaks:
+        tables = [device.rate(table) for table in device.attention if table.dtype == dtype]
+        own = [rate * device.speed for name, rate in device.peak.items() if name == dtype] or tables
+        if not own:
             return None
-        known.append(max(peaks))
-    return min(known) * ITEMSIZE[work.wire_dtype] * work.kv_heads / (2 * work.heads * hop)
+        peaks.append(max(own))
+    flops: dict[int, int] = {}
+    nbytes: dict[int, int] = {}
+    for op in schedule.program(0):
+        if isinstance(op, Compute):
+            flops[op.step] = flops.get(op.step, 0) + op.flops
+        elif isinstance(op, Send):
+            nbytes[op.step] = nbytes.get(op.step, 0) + op.region.nbytes
+    ratios = [nbytes[step] / work for step, work in flops.items() if work and step in nbytes]
+    return tokens * max(ratios) * min(peaks) / hop if ratios else None

@@ -43,15 +43,14 @@ class FeedForward:
             )
 
     def nbytes(self, workload: Workload, rows: int) -> int:
-        """Its output, as wide as attention's, and the hidden units alive at once; those of all rows include the output's place.
+        """All rows at once: the wider of hidden units and output, which takes their place. By blocks: output and a block's units.
 
         Blockwise Parallel Transformer, arXiv 2305.19370: 2bsh in place of 8bsh bytes (bfloat16, dim = 4h).
         """
-        hidden = workload.batch * self.dim * ITEMSIZE[workload.dtype]
+        width, nbytes = workload.heads * workload.v_head_dim, workload.batch * ITEMSIZE[workload.dtype]
         if self.block is None:
-            return rows * hidden
-        output = workload.batch * rows * workload.heads * workload.v_head_dim * ITEMSIZE[workload.dtype]
-        return output + min(rows, self.block) * hidden
+            return rows * max(self.dim, width) * nbytes
+        return (rows * width + min(rows, self.block) * self.dim) * nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +90,7 @@ class Footprint:
 
 
 @lru_cache(maxsize=4096)
-def footprint(
+def weigh(
     schedule: Schedule,
     rank: int,
     *,
@@ -145,24 +144,25 @@ def _scratch(program: Iterable[Op], workload: Workload, blocking: Blocking, thre
     dtype = accumulator(workload.dtype)
     own = blocking.scratch(max(workload.head_dim, workload.v_head_dim))
     fixed = sum(size * (ITEMSIZE[dtype] if not kind else {"bool": 1, "int32": 4}[kind]) for size, kind in own.values())
-    widened, passing = 0, 0
+    widened, passing, tiles = 0, 0, 0
     for op in program:
         if isinstance(op, Compute) and op.kernel == "finish":
             # the divisor and where it is 0; the copy of lse that the caller gets
             passing = max(passing, prod(op.reads[-1].shape) * (ITEMSIZE[dtype] + 1))
         for tile in op.tiles if isinstance(op, Compute) else ():
+            tiles += 1
             widened = max(widened, tile.k.count * (workload.head_dim + workload.v_head_dim) * ITEMSIZE[dtype])
             passing = max(passing, tile.k.count * ITEMSIZE[dtype], 48 * tile.q.count if tile.masked else 0)
-    # several threads widen each head anew, one ahead of those at work
-    heads = 0 if dtype == workload.dtype else 1 if threads == 1 else threads + 1
-    return fixed * threads + passing + widened * heads
+    # several threads widen each head anew, while others still work on the one before
+    heads = 0 if dtype == workload.dtype else 1 if threads == 1 else min(2, workload.batch * workload.kv_heads)
+    return fixed * threads * bool(tiles) + passing + widened * heads
 
 
 def _sorted(classes: Counter[str]) -> dict[str, int]:
     return {name: classes[name] for name in sorted(classes, key=CLASSES.index) if classes[name]}
 
 
-def dense(workload: Workload, *, feed_forward: FeedForward | None = None) -> Footprint:
+def weigh_dense(workload: Workload, *, feed_forward: FeedForward | None = None) -> Footprint:
     """One device that holds all scores at once, in the workload's dtype: 2 b n s^2 bytes in bfloat16 (arXiv 2310.01889, table 1).
 
     A softmax in place; feed-forward of all rows at once.
@@ -177,7 +177,7 @@ def dense(workload: Workload, *, feed_forward: FeedForward | None = None) -> Foo
     return Footprint(method="dense", rank=None, classes=_sorted(classes), buffers=dict(buffers))
 
 
-def blockwise(
+def weigh_blockwise(
     workload: Workload, *, window: int | None = None, blocking: Blocking | None = None, feed_forward: FeedForward | None = None
 ) -> Footprint:
     """One device, block by block with a running softmax (arXiv 2112.05682): the schedule of a world of one.
@@ -188,5 +188,5 @@ def blockwise(
         if window < 1:
             raise WorkloadError(f"window is {window}; it must be 1 or more")
         workload = replace(workload, kv_len=min(window, workload.kv_len), lengths=None)
-    alone = footprint(Schedule(workload=workload, world_size=1), 0, blocking=blocking, feed_forward=feed_forward)
+    alone = weigh(Schedule(workload=workload, world_size=1), 0, blocking=blocking, feed_forward=feed_forward)
     return replace(alone, method="blockwise" if window is None else "window", rank=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,19 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from .capacity import Demand, blocking_of, demands, longest_alone, longest_ring, tightest
-from .footprint import CLASSES, FeedForward, Footprint, blockwise, dense, footprint
+from .footprint import CLASSES, FeedForward, Footprint, weigh, weigh_blockwise, weigh_dense
 from .report import workload_line
 from .schedule import Schedule
 from .topology import Topology
 from .units import format_size
 from .workload import Workload
 
+ALONE = "one layer's attention forward: no weights, no other layers"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
     """One machine's: the demand on its tightest device, what each method holds, and the longest context of each.
 
-    `longest` counts tokens, in whole K; None where the machine does not say what memory its devices have.
+    `longest` counts tokens, in whole K; None where the machine does not say what memory its devices have. `priced`: whether the
+    device has figures for the workload, without which a CPU's scratch is unknown.
     """
 
     machine: str
@@ -32,6 +35,9 @@ class Account:
     demand: Demand
     footprints: tuple[Footprint, ...]
     longest: dict[str, int | None]
+    window: int | None
+    feed_forward: FeedForward | None
+    priced: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -41,6 +47,9 @@ class Account:
             "tightest": self.demand.to_dict(),
             "footprints": [found.to_dict() for found in self.footprints],
             "longest_context_tokens": self.longest,
+            "window": self.window,
+            "feed_forward": None if self.feed_forward is None else asdict(self.feed_forward),
+            "scratch_known": self.priced,
         }
 
 
@@ -59,20 +68,27 @@ def account(
     demand = tightest(demands(schedule, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes))
     work, blocking = schedule.workload, blocking_of(topology, schedule.workload, demand.kind)
     alone: dict[str, Callable[[Workload], Footprint]] = {
-        "blockwise": partial(blockwise, blocking=blocking, feed_forward=feed_forward),
-        "window": partial(blockwise, window=window, blocking=blocking, feed_forward=feed_forward),
-        "dense": partial(dense, feed_forward=feed_forward),
+        "blockwise": partial(weigh_blockwise, blocking=blocking, feed_forward=feed_forward),
+        "window": partial(weigh_blockwise, window=window, blocking=blocking, feed_forward=feed_forward),
+        "dense": partial(weigh_dense, feed_forward=feed_forward),
     }
     if window is None:
         del alone["window"]
-    rank = max(demand.ranks, key=lambda rank: footprint(schedule, rank).nbytes)
-    ring = footprint(schedule, rank, blocking=blocking, feed_forward=feed_forward)
-    memory = demand.memory_nbytes
+    each = [weigh(schedule, rank, blocking=blocking, feed_forward=feed_forward) for rank in demand.ranks]
+    ring = max(each, key=lambda found: found.nbytes)
+    room = demand.room_nbytes
     most = longest_ring(schedule, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes)
-    lengths = {name: None if memory is None else longest_alone(made, work, memory) for name, made in alone.items()}
+    lengths = {name: None if room is None else longest_alone(made, work, room) for name, made in alone.items()}
     footprints = (ring, *(replace(made(work), method=name) for name, made in alone.items()))
     return Account(
-        machine=topology.name, schedule=schedule, demand=demand, footprints=footprints, longest={ring.method: most} | lengths
+        machine=topology.name,
+        schedule=schedule,
+        demand=demand,
+        footprints=footprints,
+        longest={ring.method: most} | lengths,
+        window=window,
+        feed_forward=feed_forward,
+        priced=blocking is not None or topology.spec.devices[demand.kind].kind == "gpu",
     )
 
 
@@ -80,13 +96,25 @@ def tokens(count: int | None) -> str:
     """``34K``, ``3.5M``, or ``unknown``."""
     if count is None:
         return "unknown"
-    return f"{count / 2**20:.4g}M" if count >= 2**20 else f"{count // 2**10}K"
+    for power, prefix in ((30, "G"), (20, "M")):
+        if count >= 2**power:
+            return f"{count / 2**power:,.4g}{prefix}"
+    return f"{count // 2**10}K" if count else "none"
+
+
+def _has(demand: Demand) -> str:
+    """The memory of a device, and what is reserved of it."""
+    if demand.memory_nbytes is None:
+        return "unknown"
+    reserved = f", {format_size(demand.reserve_nbytes)} reserved" if demand.reserve_nbytes else ""
+    return f"{format_size(demand.memory_nbytes)}{reserved}"
 
 
 def _fits(demand: Demand, nbytes: float) -> str:
-    if demand.memory_nbytes is None:
+    room = demand.room_nbytes
+    if room is None:
         return "unknown"
-    return f"yes, {nbytes / demand.memory_nbytes:.0%}" if nbytes <= demand.memory_nbytes else "NO"
+    return "NO" if nbytes > room else f"yes, {nbytes / room:.0%}" if room else "yes"
 
 
 def sentence(demand: Demand, longest: int | None = None) -> str:
@@ -94,10 +122,10 @@ def sentence(demand: Demand, longest: int | None = None) -> str:
     who = f"{len(demand.ranks)} ranks on it need" if len(demand.ranks) > 1 else "its rank needs"
     if demand.memory_nbytes is None:
         return f"memory: {who} {format_size(demand.nbytes)} of {demand.device}; the machine has no `memory` for {demand.kind}"
-    held = f"{format_size(demand.nbytes)} of {demand.device}'s {format_size(demand.memory_nbytes)}"
+    held = f"{format_size(demand.nbytes)} of {demand.device}'s {_has(demand)}"
     if demand.fits:
-        return f"memory: {who} {held}, {demand.nbytes / demand.memory_nbytes:.1%} (attention alone: no weights, no other layers)"
-    return f"DOES NOT FIT: {who} {held}; the longest context that fits is {tokens(longest)} tokens"
+        return f"memory: {who} {held}, {demand.nbytes / demand.memory_nbytes:.1%} ({ALONE})"
+    return f"DOES NOT FIT: {who} {held}; the longest context that fits: {tokens(longest)} ({ALONE})"
 
 
 def table(found: Account) -> RenderableType:
@@ -113,15 +141,19 @@ def table(found: Account) -> RenderableType:
         row = [footprint.classes.get(name) for footprint in found.footprints]
         if any(row):
             grid.add_row(name, *(format_size(nbytes) if nbytes else "-" for nbytes in row))
+    if not found.priced:
+        grid.add_row("scratch", *("unknown" for _ in found.footprints))
     grid.add_row("peak", *(format_size(footprint.nbytes) for footprint in found.footprints))
-    shared = demand.nbytes if len(demand.ranks) > 1 else ring.nbytes
-    needs = [shared, *(other.nbytes for other in others)]
+    needs = [demand.nbytes, *(other.nbytes for other in others)]
+    if len(demand.ranks) > 1:
+        grid.add_row(f"{len(demand.ranks)} ranks on it", format_size(demand.nbytes), *("-" for _ in others))
     grid.add_row("fits", *(_fits(demand, nbytes) for nbytes in needs))
     grid.add_row("longest context", *(tokens(found.longest[footprint.method]) for footprint in found.footprints))
-    has = "unknown memory" if demand.memory_nbytes is None else format_size(demand.memory_nbytes)
-    ranks = f", {len(demand.ranks)} ranks on it" if len(demand.ranks) > 1 else ""
-    head = f"memory on {found.machine}, tightest device {demand.device} ({has}{ranks})\n{workload_line(found.schedule)}\n"
-    return Group(Text(head), grid)
+    head = f"memory on {found.machine}, tightest device {demand.device}: {_has(demand)}\n{workload_line(found.schedule)}\n"
+    notes = [f"\n{ALONE}"]
+    if not found.priced:
+        notes.append(f"scratch is unknown: {demand.kind} has no attention figures for this dtype and head_dim")
+    return Group(Text(head), grid, Text("\n".join(notes)))
 
 
 def summary(accounts: Sequence[Account]) -> RenderableType:
@@ -132,7 +164,6 @@ def summary(accounts: Sequence[Account]) -> RenderableType:
         grid.add_column(name, justify="left" if name == "machine" else "right")
     for found in accounts:
         demand = found.demand
-        memory = "unknown" if demand.memory_nbytes is None else format_size(demand.memory_nbytes)
-        facts = (str(found.schedule.world_size), memory, format_size(demand.nbytes), _fits(demand, demand.nbytes))
+        facts = (str(found.schedule.world_size), _has(demand), format_size(demand.nbytes), _fits(demand, demand.nbytes))
         grid.add_row(found.machine, *facts, *(tokens(found.longest[method]) for method in methods))
-    return Group(grid)
+    return Group(Text(f"{workload_line(accounts[0].schedule, ranks=False)}\n"), grid, Text(f"\n{ALONE}"))

@@ -23,13 +23,14 @@ WORDS = {
 BYTES_WORLD = 64
 
 
-def workload_line(schedule: Schedule) -> str:
-    """The workload and how it is cut, in one line."""
+def workload_line(schedule: Schedule, *, ranks: bool = True) -> str:
+    """The workload and how it is cut, in one line, with or without the number of ranks."""
     work = schedule.workload
     lengths = f"seq {work.q_len}" if work.q_len == work.kv_len else f"q_len {work.q_len}, kv_len {work.kv_len}"
     heads = f"{work.heads} heads" if work.heads == work.kv_heads else f"{work.heads}/{work.kv_heads} heads"
     shape = f"batch {work.batch}, {lengths}, {heads}, head_dim {work.head_dim}, {work.dtype}, {work.mask.name}"
-    return f"{schedule.strategy}, {schedule.partition}, sync {schedule.sync}, {schedule.world_size} ranks: {shape}"
+    world = f", {schedule.world_size} ranks" if ranks else ""
+    return f"{schedule.strategy}, {schedule.partition}, sync {schedule.sync}{world}: {shape}"
 
 
 def useful_flops(schedule: Schedule) -> int:

@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 import ringsim
-from ringsim.breakeven import breakeven
+from ringsim.breakeven import find_breakeven
 from ringsim.cli.main import cli
-from ringsim.errors import TopologyError
+from ringsim.errors import TopologyError, WorkloadError
 from ringsim.schedule.schedule import Schedule
 
 SHAPE = ["--heads", "32", "--head-dim", "128", "--dtype", "bf16"]
@@ -34,7 +34,7 @@ def schedule(world_size, *, heads=32, kv_heads=None, head_dim=128, mask=None, pa
 def test_table_2_of_ring_attention_by_simulation(name):
     """The smallest block is c = F/B within 2 %, and the minimal sequence 6c is the one printed (which is rounded)."""
     rate, bandwidth, printed = TABLE_2[name]
-    found = breakeven(schedule(6), ringsim.load_topology(name))
+    found = find_breakeven(schedule(6), ringsim.load_topology(name))
     c = rate / bandwidth
     assert found.tokens == pytest.approx(c, rel=0.02)
     assert found.f_over_b == pytest.approx(c, rel=1e-12)
@@ -47,7 +47,7 @@ def test_table_2_of_ring_attention_by_simulation(name):
 def test_the_block_is_exact_without_overheads(world_size, heads, kv_heads):
     """Without latency: c = F/B kv_heads / heads, rounded up, whatever the number of ranks."""
     on = ringsim.load_topology("ideal", {"links.wire.bandwidth": "300 GB/s"})
-    found = breakeven(schedule(world_size, heads=heads, kv_heads=kv_heads), on)
+    found = find_breakeven(schedule(world_size, heads=heads, kv_heads=kv_heads), on)
     assert found.tokens == -(-4000 * kv_heads // (3 * heads))
     assert found.f_over_b == pytest.approx(4000 / 3 * kv_heads / heads)
     assert (found.looked_from, found.looked_to) == (1, 2**22)
@@ -59,39 +59,90 @@ def test_latency_is_part_of_the_hop():
     on = ringsim.load_topology("ideal", {"links.wire.latency": "25 us"})  # of two wires, with a switch between
     half = rate / bandwidth / 2
     c = half + sqrt(half**2 + latency * rate / (4 * width))
-    assert breakeven(schedule(8), on).tokens == ceil(c)
+    assert find_breakeven(schedule(8), on).tokens == ceil(c)
 
 
 def test_a_causal_zigzag_block_is_twice_as_long():
     on = ringsim.load_topology("ideal")
-    full = breakeven(schedule(4), on)
-    causal = breakeven(schedule(4, mask=ringsim.Causal(), partition="zigzag"), on)
+    full = find_breakeven(schedule(4), on)
+    causal = find_breakeven(schedule(4, mask=ringsim.Causal(), partition="zigzag"), on)
     assert causal.tokens == pytest.approx(2 * full.tokens, rel=0.01)
+    assert causal.f_over_b == pytest.approx(2 * full.f_over_b, rel=0.01)
+
+
+def test_a_turn_between_two_powers_of_two_is_seen():
+    """From 2,442 tokens a message has 20 MB and a quarter of the rate: hidden before, then not until 4,000."""
+    regimes = [{"from": "0 B", "latency": "0 s"}, {"from": "20 MB", "latency": "0 s", "bandwidth": "100 GB/s"}]
+    on = ringsim.load_topology(
+        "ideal", {"links.wire": {"bandwidth": "400 GB/s", "regimes": regimes, "source": "defined: a test"}}
+    )
+    assert find_breakeven(schedule(4), on).tokens == 4000
+
+
+@pytest.mark.parametrize(("rates", "slowest"), [((100, 50), 50), ((100, 400), 100)])
+def test_the_slowest_device_decides(rates, slowest):
+    """The fast wait for the slow whatever hops cost; the run is as short as with free hops once a hop hides behind the slow."""
+    text = """
+ringsim: 2
+name: two-kinds
+source: "defined: a test"
+devices:
+  one: {kind: gpu, memory_bandwidth: 1000 TB/s, launch: 0 s, peak: {bfloat16: ONE TFLOP/s}, attention: [TABLE]}
+  other: {like: one, peak: {bfloat16: OTHER TFLOP/s}}
+links: {wire: {bandwidth: 100 GB/s, latency: 0 s}}
+transports: {direct: {progress: offload}}
+machine: {join: switch, link: wire, of: [one, other, one, other]}
+"""
+    points = "[[1, 1.0], [1.0e+24, 1.0]]"
+    tile = "micro_tile: {q_rows: 1, k_rows: 1, edge_rows: 1, exact: true}"
+    table = f"{{dtype: bfloat16, head_dim: 128, {tile}, full: {points}, masked: {points}}}"
+    for word, value in (("ONE", rates[0]), ("OTHER", rates[1]), ("TABLE", table)):
+        text = text.replace(word, str(value))
+    found = find_breakeven(schedule(4), ringsim.topology.parse(text))
+    assert found.f_over_b == pytest.approx(slowest * 10)
+    assert found.tokens == pytest.approx(found.f_over_b, rel=0.02)
+
+
+def test_hops_that_share_are_counted_as_they_share():
+    found = find_breakeven(schedule(4), ringsim.load_topology("rtx4090-pcie"))
+    assert found.hop_bytes_per_s == pytest.approx(14.09e9, rel=1e-3)
+    assert found.tokens == pytest.approx(found.f_over_b, rel=0.05)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [({"multiple": 0}, "multiple is 0"), ({"multiple": -64}, "multiple is -64")])
+def test_a_multiple_is_a_count(wrong, said):
+    with pytest.raises(WorkloadError, match=said):
+        find_breakeven(schedule(2), ringsim.load_topology("ideal"), **wrong)
+
+
+def test_a_block_needs_a_sequence():
+    with pytest.raises(WorkloadError, match="batch is 0"):
+        find_breakeven(schedule(2, batch=0), ringsim.load_topology("ideal"))
 
 
 def test_multiples():
     on = ringsim.load_topology("ideal", {"links.wire.bandwidth": "300 GB/s"})
-    assert breakeven(schedule(4), on, multiple=64).tokens == 1344
-    assert breakeven(schedule(4), on, multiple=1000).tokens == 2000
+    assert find_breakeven(schedule(4), on, multiple=64).tokens == 1344
+    assert find_breakeven(schedule(4), on, multiple=1000).tokens == 2000
 
 
 def test_no_smaller_block_than_the_figures_price():
-    found = breakeven(schedule(8, kv_heads=8), ringsim.load_topology("dgx-h100"))
+    found = find_breakeven(schedule(8, kv_heads=8), ringsim.load_topology("dgx-h100"))
     assert found.tokens == found.looked_from == 512
-    causal = breakeven(schedule(8, kv_heads=8, mask=ringsim.Causal(), partition="zigzag"), ringsim.load_topology("dgx-h100"))
+    causal = find_breakeven(schedule(8, kv_heads=8, mask=ringsim.Causal(), partition="zigzag"), ringsim.load_topology("dgx-h100"))
     assert causal.looked_from == 1024
 
 
 def test_a_node_boundary_decides():
-    alone = breakeven(schedule(8), ringsim.load_topology("dgx-h100"))
-    across = breakeven(schedule(16), ringsim.load_topology("dgx-h100-cluster", {"nodes": 2}))
+    alone = find_breakeven(schedule(8), ringsim.load_topology("dgx-h100"))
+    across = find_breakeven(schedule(16), ringsim.load_topology("dgx-h100-cluster", {"nodes": 2}))
     assert across.hop_bytes_per_s == 36.1e9
     assert across.tokens > 10 * alone.tokens
 
 
 def test_just_below_the_block_ranks_wait():
     on = ringsim.load_topology("dgx-h100")
-    found = breakeven(schedule(8), on)
+    found = find_breakeven(schedule(8), on)
     for tokens, hides in ((found.tokens, True), (found.tokens - 1, False), (2 * found.tokens, True)):
         work = ringsim.Workload(q_len=8 * tokens, heads=32, head_dim=128, dtype="bfloat16")
         timeline = ringsim.simulate(Schedule(workload=work, world_size=8), on)
@@ -100,8 +151,8 @@ def test_just_below_the_block_ranks_wait():
 
 def test_kernels_slowed_by_hops_are_said():
     """Where hops take a share of the device, nobody waits and yet they cost something."""
-    fast = breakeven(schedule(8), ringsim.load_topology("dgx-h100"))
-    free = breakeven(schedule(8), ringsim.load_topology("dgx-h100", {"transports.nccl.paths.nvlink4.device_share": 0.0}))
+    fast = find_breakeven(schedule(8), ringsim.load_topology("dgx-h100"))
+    free = find_breakeven(schedule(8), ringsim.load_topology("dgx-h100", {"transports.nccl.paths.nvlink4.device_share": 0.0}))
     assert 0.05 < fast.exposed < 0.15
     assert free.exposed == pytest.approx(0.0, abs=1e-12)
     assert free.tokens > fast.tokens
@@ -109,7 +160,7 @@ def test_kernels_slowed_by_hops_are_said():
 
 def test_a_core_that_copies_never_hides():
     settings = {"transports.direct.progress": "polling", "devices.ideal": cpu(), "links.wire.latency": "1 us"}
-    found = breakeven(schedule(2), ringsim.load_topology("ideal", settings))
+    found = find_breakeven(schedule(2), ringsim.load_topology("ideal", settings))
     assert found.tokens is None
     assert found.looked_to == 2**22
 
@@ -123,12 +174,12 @@ def cpu():
 
 def test_one_rank_has_no_hop():
     with pytest.raises(TopologyError, match="one rank has no hop"):
-        breakeven(schedule(1), ringsim.load_topology("ideal"))
+        find_breakeven(schedule(1), ringsim.load_topology("ideal"))
 
 
 def test_missing_figures_are_named():
     with pytest.raises(TopologyError, match="no attention figures for bfloat16 head_dim 256"):
-        breakeven(schedule(2, head_dim=256), ringsim.load_topology("ideal"))
+        find_breakeven(schedule(2, head_dim=256), ringsim.load_topology("ideal"))
 
 
 def ringsim_command(*arguments):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringsim import inventory, topology
+from ringsim import topology
+from ringsim.hops import ring_hops
 from ringsim.schedule import Schedule
 from ringsim.simulation import exposed_communication_s, simulate
 from ringsim.workload import Workload
@@ -149,7 +150,7 @@ def test_a_device_is_left_and_entered_by_no_more_than_its_egress_and_ingress():
 
 def test_a_flat_ring_over_four_nodes_of_eight_is_bound_by_one_nic_at_each_boundary():
     on = machine(nodes(4, 8, 8), latency="1 us")
-    hops = inventory.ring_hops(on, 32)
+    hops = ring_hops(on, 32)
     crossing = [hop for hop in hops if "wire" in hop.links]
     assert [hop.rank for hop in crossing] == [7, 15, 23, 31]
     assert {(hop.together, hop.bottleneck.split("/")[1]) for hop in crossing} == {(1e9, "nic-7 > switch")}

@@ -9,7 +9,7 @@ import yaml
 
 import ringsim
 from ringsim import topology
-from ringsim.inventory import ring_hops
+from ringsim.hops import ring_hops
 from ringsim.mask import Causal, Full
 from ringsim.schedule import Schedule
 from ringsim.simulation import exposed_communication_s, simulate

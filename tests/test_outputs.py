@@ -1,4 +1,4 @@
-"""Where output goes: files whole or not at all, links followed, pipes left as they are, a reader that goes, a disk that is full."""
+"""Where output goes: files whole or not at all, links followed, pipes left alone; a reader that goes, a disk that is full."""
 
 import os
 import stat
@@ -31,7 +31,7 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
     path.write_text("old")
     files.write_text(path, "new")
     assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["facts.json"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["facts.json"]
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -63,7 +63,7 @@ def test_a_pipe_stays_a_pipe(tmp_path):
     files.write_text(pipe, "facts")
     reader.join(timeout=30)
     assert found == ["facts"]
-    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 @pytest.mark.parametrize("command", ["topologies schema", "topologies list", "--help"])

@@ -17,7 +17,7 @@ FLOORS = [
     {"cli", "__main__"},
     {"ledger", "inventory"},
     {"report"},
-    {"trace", "comparison", "checking", "attention", "drawing", "breakeven"},
+    {"trace", "comparison", "checking", "attention", "drawing", "breakeven", "hops"},
     {"agreement", "calibration", "simulation", "execution", "importing"},
     {"capacity"},
     {"backends", "costs", "footprint"},

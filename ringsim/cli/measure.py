@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+import tracemalloc
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,19 @@ BUSY = 1.3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of the fullest rank: its arrays, buffers and scratch, and what the model says of it."""
+    """Bytes of the fullest rank: the peak that tracemalloc saw of all that Python and NumPy allocated for the plan, its arrays
+    and the first warm-up run (None without one), and what the model says of it.
+    """
 
-    allocated_nbytes: int
+    allocated_nbytes: int | None
     predicted_nbytes: int
 
     def sentence(self) -> str:
         """Both, in a line."""
-        off = self.predicted_nbytes / self.allocated_nbytes - 1 if self.allocated_nbytes else 0.0
-        allocated, predicted = units.format_size(self.allocated_nbytes), units.format_size(self.predicted_nbytes)
-        return f"memory of the fullest rank: {allocated} allocated, {predicted} predicted ({off:+.1%})"
+        predicted = f"memory of the fullest rank: {units.format_size(self.predicted_nbytes)} predicted"
+        if self.allocated_nbytes is None:
+            return f"{predicted}, not measured: it takes a --warmup run"
+        return f"{predicted}, {units.format_size(self.allocated_nbytes)} allocated"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +59,40 @@ def measure(
     transport: Transport, job: Plan, *, repeats: int, warmup: int, seed: int, timeout: float, threads: int, check: bool
 ) -> Measurement:
     """Run `job` on `transport`; collective, the same result on every rank."""
-    runs: list[Timeline] = []
     if check:
         checking.check_size(job.workload)
+    if warmup:
+        # what is imported and cached on first use is no part of a run
+        small = replace(job, workload=replace(job.workload, q_len=min(job.workload.q_len, 8), kv_len=min(job.workload.kv_len, 8)))
+        attention, arrays = prepare(transport, small, seed=seed, timeout=timeout, threads=threads)
+        attention(*arrays[:3], out=arrays[3])
+        tracemalloc.start()
+    attention, (q, k, v, out) = prepare(transport, job, seed=seed, timeout=timeout, threads=threads)
+    schedule = attention.schedule
+    tracemalloc.reset_peak()
+    runs, peaks = [], []
+    with progress("running", warmup + repeats + check) as advance:
+        for index in range(warmup + repeats):
+            transport.barrier()
+            attention(q, k, v, out=out)
+            peaks += _peak()
+            timeline = attention.timeline()
+            if index >= warmup:
+                runs.append(timeline)
+            advance("running" if index < warmup + repeats - 1 else "checking")
+        found = checking.check(transport, schedule, q, out, seed) if check else None
+    described = facts(transport, threads)
+    sizes = transport.allgather((peaks[0] if peaks else None, attention.footprint.nbytes))
+    memory = Memory(
+        allocated_nbytes=max(size for size, _ in sizes) if peaks else None, predicted_nbytes=max(size for _, size in sizes)
+    )
+    return Measurement(schedule=schedule, runs=tuple(with_facts(run, described) for run in runs), check=found, memory=memory)
+
+
+def prepare(
+    transport: Transport, job: Plan, *, seed: int, timeout: float, threads: int
+) -> tuple[RingAttention, tuple[Any, Any, Any, Any]]:
+    """A plan for `job`, and this rank's q, k, v and out."""
     attention = RingAttention(
         job.workload,
         comm=transport,
@@ -68,24 +103,19 @@ def measure(
         timeout_s=timeout,
         check=False,
     )
-    work, schedule = job.workload, attention.schedule
-    parts = {"q": schedule.job.q_partition, "k": schedule.job.kv_partition, "v": schedule.job.kv_partition}
-    q, k, v = (inputs.rows(work, name, part.positions(transport.rank), seed) for name, part in parts.items())
-    out = np.empty(attention.shapes["out"], q.dtype)
-    with progress("running", warmup + repeats + check) as advance:
-        for index in range(warmup + repeats):
-            transport.barrier()
-            attention(q, k, v, out=out)
-            timeline = attention.timeline()
-            if index >= warmup:
-                runs.append(timeline)
-            advance("running" if index < warmup + repeats - 1 else "checking")
-        held = attention.nbytes + attention.scratch_nbytes + sum(array.nbytes for array in (q, k, v, out))
-        sizes = transport.allgather((held, attention.footprint.nbytes))
-        found = checking.check(transport, schedule, q, out, seed) if check else None
-    described = facts(transport, threads)
-    memory = Memory(allocated_nbytes=max(size for size, _ in sizes), predicted_nbytes=max(size for _, size in sizes))
-    return Measurement(schedule=schedule, runs=tuple(with_facts(run, described) for run in runs), check=found, memory=memory)
+    cut = attention.schedule.job
+    parts = {"q": cut.q_partition, "k": cut.kv_partition, "v": cut.kv_partition}
+    q, k, v = (inputs.rows(job.workload, name, part.positions(transport.rank), seed) for name, part in parts.items())
+    return attention, (q, k, v, np.empty(attention.shapes["out"], q.dtype))
+
+
+def _peak() -> list[int]:
+    """The peak of what was allocated since tracing began; it ends here, not to slow what is timed. Nothing if it has ended."""
+    if not tracemalloc.is_tracing():
+        return []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return [peak]
 
 
 def agree(command: str, transport: Transport, **settings: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .. import ledger, report
-from ..breakeven import breakeven as find_breakeven
+from ..breakeven import find_breakeven
 from ..capacity import demands, longest_ring, tightest
 from ..footprint import FeedForward
 from ..schedule import Schedule
@@ -45,7 +45,7 @@ def simulate(
     out.print(report.prediction(schedule, timeline, exposed_s))
     out.print(ledger.sentence(demand, most), style="bold red" if demand.fits is False else None)
     facts = {"schedule": schedule.inputs(), "predicted": timeline.to_dict() | {"exposed_wall_s": exposed_s}}
-    facts["memory"] = demand.to_dict()
+    facts["memory"] = demand.to_dict() | {"longest_context_tokens": most}
     write_outputs(json_path, trace_path, facts, {f"predicted on {on.name}": timeline})
 
 
@@ -72,6 +72,8 @@ def memory(
 ) -> None:
     """Print what a workload takes of each MACHINE's memory, by class, next to one device alone; and the longest that fits."""
     job = plan(ctx)
+    if not (job.workload.batch and job.workload.q_len and job.workload.kv_len):
+        raise click.UsageError("there is nothing to weigh: --batch, --seq and --kv-seq must be 1 or more", ctx)
     if ffn_block is not None and ffn_dim is None:
         raise click.UsageError("--ffn-block needs --ffn-dim", ctx)
     check_outputs(json_path)

@@ -160,6 +160,23 @@ def test_broadcom_sub_switches_are_one_with_the_switch_above():
     assert list(switches(made).values()) == ["01", "05"]
 
 
+def test_broadcom_sub_switches_of_hwloc_are_one_too():
+    def port(bus, *inside, ids="[1000:c010] [1000:a096]"):
+        head = (
+            f'<object type="Bridge" bridge_type="1-1" pci_busid="0000:{bus}" pci_type="0604 {ids} b0" pci_link_speed="31.507692"'
+        )
+        return f'{head} gp_index="{next(number)}">{"".join(inside)}</object>'
+
+    gpus = [device(f"0000:{bus}:00.0", (f"nvml{index}", 5)) for index, bus in enumerate(("05", "09"))]
+    subs = [port(f"0{bus}:00.0", port(f"0{bus + 1}:00.0", gpus[index])) for index, bus in enumerate((3, 7))]
+    tree = port("00:01.0", port("01:00.0", port("02:00.0", subs[0]), port("02:04.0", subs[1])), ids="[1022:1483] [0000:0000]")
+    made = importing.parse(on_host(tree), "a100.xml")
+    assert ("PCIe switches", "1", "") in made.found
+    assert route(finished(made), 0, 1)[1] == ["switch-0"]
+    assert any(note.startswith("2 Broadcom sub-switches are one with the switch above") for note in made.notes)
+    assert ("PCIe switches", "3", "") in importing.parse(on_host(tree.replace("1000:a096", "0000:0000")), "a100.xml").found
+
+
 def test_switches_in_a_row_and_links_between_switches_are_told():
     other = {"device": "0x1979", "maker": "0x15b3"}
     link = '<pcilink target="0000:20:00.0"/>'
@@ -175,7 +192,8 @@ def test_pcie_figures_of_nccl_are_what_links_can_do():
     )
     made = importing.parse(dump(tree), "x.xml")
     sources = {figure.key: (figure.kind, figure.source) for figure in finished(made).figures}
-    said = "NCCL topology dump x.xml, the link's maximum, 16.0 GT/s x 16 lanes, 128b/130b"
+    maximum = "the link's maximum (of NVIDIA's GPUs, in newer NCCL, its rate then)"
+    said = f"NCCL topology dump x.xml, {maximum}, 16.0 GT/s x 16 lanes, 128b/130b"
     assert sources["links.pcie-31_51.bandwidth"] == ("vendor", said)
     assert "2.5 GT/s, as NVML, which newer NCCL asks, has it of an idle GPU: 0000:02:00.0" in made.notes
     assert "16.0 GT/s, as NCCL writes where NVML fails (the kernel's own is '16.0 GT/s PCIe'): 0000:01:00.0" in made.notes

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from ..units import shown
 from .safe_xml import Element
-from .wires import MOST_GPUS, Cable, Sketch, Spot, named, numbers, pcie, plain
+from .wires import MOST_GPUS, Cable, Sketch, Spot, broadcom, merged, named, numbers, pcie, plain
 
 WHAT = "hwloc topology"
 BACKENDS = {"nvml": "NVML", "cuda": "CUDA", "rsmi": "RSMI", "ze": "LevelZero"}
@@ -27,11 +27,15 @@ _GPUS, _DISPLAY = ("0302", "1200"), "03"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Above:
-    """Where a PCI object hangs: a spot, through how fast a port (GB/s), and whether a bridge here is a switch's way up."""
+    """Where a PCI object hangs: a spot, through how fast a port (GB/s), and whether a bridge here is a switch's way up.
+
+    merges: the generation of a switch that takes its sub-switches in.
+    """
 
     spot: str
     port: Fraction | None = None
     up: bool = False
+    merges: int = 0
 
 
 @dataclass(slots=True)
@@ -53,6 +57,7 @@ class Objects:
     left: list[str] = field(default_factory=list)
     """Displays that are taken for no GPU."""
     bridges: int = 0
+    merged: int = 0
 
     def walk(self, element: Element, path: str) -> None:
         """An object that is no I/O, and all in it."""
@@ -88,11 +93,15 @@ class Objects:
         if kind != "Bridge":
             self.device(element, bus, above.spot, speed)
             return
-        below = Above(spot=above.spot, port=_speed(element), up=True)
-        if above.up:
+        below = Above(spot=above.spot, port=_speed(element), up=True, merges=above.merges)
+        identity = tuple(re.findall(r"(?<=[\[:])[0-9a-f]{4}", element.attributes.get("pci_type", "")))
+        if above.up and above.merges and broadcom(identity, 1) == above.merges:
+            self.merged += 1
+            below = Above(spot=above.spot)
+        elif above.up:
             switch = self.sketch.add(Spot(name=f"switch-{self.sketch.count('switch')}", kind="switch", remark=plain(bus)))
             self.sketch.wire(switch, above.spot, pcie(speed, self.said, "uplink"))
-            below = Above(spot=switch)
+            below = Above(spot=switch, merges=broadcom(identity, 0))
         for child in self._inside(element):
             self.pci(child, below)
 
@@ -169,6 +178,8 @@ class Objects:
             note = f"displays without NVML, CUDA, RSMI, Level Zero or OpenCL are no GPUs here: {', '.join(self.left[:4])}{more}"
             self.sketch.notes.append(note)
             self.sketch.without = f"{note}; lstopo had no NVML"
+        if self.merged:
+            self.sketch.notes.append(merged(self.merged))
         if not self.bridges and self.buses:
             self.sketch.notes.append("the file has no bridges (lstopo --no-bridges?): PCIe switches are not known")
 

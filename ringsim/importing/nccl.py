@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from ..units import shown
 from .safe_xml import Element
-from .wires import MOST_GPUS, Cable, Sketch, Spot, named, pcie, plain, quantity
+from .wires import MOST_GPUS, Cable, Sketch, Spot, broadcom, merged, named, pcie, plain, quantity
 
 WHAT = "NCCL topology dump"
 VERSIONS = ("1", "2")
@@ -21,6 +21,7 @@ FEW, DEEP = 4, 3
 _CODES = ((Fraction(5), "8b/10b", Fraction(8, 10)), (Fraction(32), "128b/130b", Fraction(128, 130)))
 _FLIT = ("FLIT, 242 of 256 bytes", Fraction(242, 256))
 _SPEED = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,4})?) GT/s(?: PCIe)?")
+_MOST = "the link's maximum (of NVIDIA's GPUs, in newer NCCL, its rate then)"
 _IDENTITY = ("vendor", "device", "subsystem_vendor", "subsystem_device")
 _BUS = re.compile(r"[0-9a-f]{1,8}:[0-9a-f]{2,4}:[0-9a-f]{2}(?:\.[0-9a-f])?")
 
@@ -28,7 +29,7 @@ _BUS = re.compile(r"[0-9a-f]{1,8}:[0-9a-f]{2,4}:[0-9a-f]{2}(?:\.[0-9a-f])?")
 def rate(element: Element, file: str) -> tuple[Fraction | None, str]:
     """GB/s of a PCIe link by its signalling rate and lanes, and the source; None where the dump has none (0 lanes, no speed).
 
-    NCCL has the smaller `max_link_speed` and `max_link_width` of the link's ends: what it can do, not what was measured.
+    NCCL has the smaller `max_link_speed` and `max_link_width` of the link's ends; newer NCCL of NVIDIA's GPUs what NVML says.
     """
     speed, lanes = element.attributes.get("link_speed", ""), element.attributes.get("link_width", "")
     if speed in ("", "Unknown", "Unknown speed") or lanes in ("", "0"):
@@ -38,17 +39,11 @@ def rate(element: Element, file: str) -> tuple[Fraction | None, str]:
         raise element.fail(f"link_speed={shown(speed)} is no PCIe speed such as '16.0 GT/s PCIe'")
     width, signalled = element.whole("link_width", 1, MOST_LANES), Fraction(match[1])
     code, share = next(((name, part) for most, name, part in _CODES if signalled <= most), _FLIT)
-    return signalled * width * share / 8, f"vendor: {WHAT} {file}, the link's maximum, {match[1]} GT/s x {width} lanes, {code}"
+    return signalled * width * share / 8, f"vendor: {WHAT} {file}, {_MOST}, {match[1]} GT/s x {width} lanes, {code}"
 
 
-def broadcom(element: Element, level: int) -> int:
-    """The PCIe generation of a Broadcom switch (level 0) or sub-switch (1) that is one device; else 0. As topo.cc's getBcmGen."""
-    vendor, device, maker, model = (element.attributes.get(key, "").lower() for key in _IDENTITY)
-    if (vendor, device, maker) == ("0x1000", "0xc010", "0x1000") and re.fullmatch("0xa...", model):
-        return 4
-    if (vendor, device, maker) == ("0x1000", "0xc030", "0x1000") and re.fullmatch("0x1..." if level else "0x0...", model):
-        return 5
-    return 0
+def _identity(element: Element) -> tuple[str, ...]:
+    return tuple(element.attributes.get(key, "").lower().removeprefix("0x") for key in _IDENTITY)
 
 
 @dataclass(slots=True)
@@ -83,7 +78,7 @@ class _Reading:
         elif nics or (kind.startswith("0x02") and not element.all("pci")):
             card = (above, bus.rpartition(".")[0] or bus)
             self.nic(element, nics, above, pcie(speed, source, "nic"), card)
-        elif merging and broadcom(element, 1) == merging:
+        elif merging and broadcom(_identity(element), 1) == merging:
             self.merged += 1
             for child in element.all("pci"):
                 self.pci(child, above, root, depth)
@@ -92,7 +87,7 @@ class _Reading:
             self.sketch.wire(switch, above, pcie(speed, source, "uplink"))
             self.deepest = max(self.deepest, depth + 1)
             for child in element.all("pci"):
-                self.pci(child, switch, root, depth + 1, broadcom(element, 0))
+                self.pci(child, switch, root, depth + 1, broadcom(_identity(element), 0))
 
     def gpu(self, element: Element, bus: str, above: str, root: str) -> None:
         """A GPU; its fabric comes when all GPUs are known."""
@@ -236,9 +231,7 @@ def _remarks(reading: _Reading) -> None:
     if reading.itself:
         notes.append(f"left out: links of a GPU to itself: {_few(reading.itself)}")
     if reading.merged:
-        notes.append(
-            f"{reading.merged} Broadcom sub-switches are one with the switch above, as NCCL takes them: full rate on all ports"
-        )
+        notes.append(merged(reading.merged))
     if reading.deepest >= DEEP:
         note = (
             f"up to {reading.deepest} PCIe switches in a row: where some are one device, it may carry more than the wires between"

@@ -112,6 +112,24 @@ def pcie(bandwidth: Fraction | None, source: str, role: str) -> Cable:
     return Cable(kind="pcie", label=f"{float(bandwidth):.4g}".replace(".", "_"), bandwidth=text, source=source)
 
 
+def broadcom(identity: tuple[str, ...], level: int) -> int:
+    """The PCIe generation of a Broadcom switch (level 0) or its sub-switch (1), else 0: shown as two, full rate on all ports.
+
+    identity: vendor, device, and the subsystem's; the rule is getBcmGen of NCCL's topo.cc.
+    """
+    model = identity[-1] if len(identity) == 4 else ""
+    if identity[:3] == ("1000", "c010", "1000") and re.fullmatch("a[0-9a-f]{3}", model):
+        return 4
+    if identity[:3] == ("1000", "c030", "1000") and re.fullmatch(f"{level}[0-9a-f]{{3}}", model):
+        return 5
+    return 0
+
+
+def merged(count: int) -> str:
+    """The note on switches that are one."""
+    return f"{count} Broadcom sub-switches are one with the switch above, as NCCL takes them: full rate on all ports"
+
+
 SOCKET = Cable(kind="socket", remark="between root complexes: NUMA nodes or sockets")
 NUMA = Cable(kind="numa", remark="between root complexes of one socket")
 

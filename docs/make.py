@@ -82,12 +82,14 @@ def accuracy_table(page: Path) -> None:
     page.write_text(re.sub(r"<!-- accuracy table -->(.|\n)*", f"<!-- accuracy table -->\n{table}", text))
 
 
-def cluster_figure(target: Path) -> None:
-    """The shipped cluster, as `ringsim topologies graph` draws it."""
-    subprocess.run([str(BIN / "ringsim"), "topologies", "graph", "dgx-h100-cluster", "-o", str(target)], check=True)
+def machine_figure(name: str, *options: str) -> None:
+    """A shipped machine, as `ringsim topologies graph` draws it."""
+    target = DOCS / "figures" / f"{name}.png"
+    subprocess.run([str(BIN / "ringsim"), "topologies", "graph", name, "-o", str(target), *options], check=True)
 
 
 if __name__ == "__main__":
     timeline_figure(DOCS / "figures" / "timeline.png")
-    cluster_figure(DOCS / "figures" / "dgx-h100-cluster.png")
+    machine_figure("dgx-h100-cluster")
+    machine_figure("frontier")
     accuracy_table(DOCS / "measurement.md")

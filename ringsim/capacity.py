@@ -95,7 +95,6 @@ def demands(
 
 def _needs(schedule: Schedule, blocking: Blocking | None, feed_forward: FeedForward | None) -> Callable[[int], int]:
     """The bytes of a rank."""
-
     world_size, work = schedule.world_size, schedule.workload
     if world_size > SMALL_WORLD:
         runs = 2 * world_size

@@ -207,3 +207,22 @@ def test_help_keeps_its_lines():
     assert any(line.startswith("ringsim simulate dgx-h100") for line in lines)
     assert any(line.startswith("ringsim breakeven") for line in lines)
     assert "\\b" not in " ".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "least", "most"),
+    [
+        ("dgx-h100", {}, 0.0, 0.15),
+        ("dgx-h100", {"transports.nccl.paths.nvlink4.bandwidth": "50 GB/s"}, 0.6, 1.0),
+        ("a100-pcie-pair", {}, 0.5, 1.0),
+        ("l20-pcie", {}, 0.5, 1.0),
+        ("rtx4090-pcie", {}, 0.5, 1.0),
+    ],
+)
+def test_without_nvlink_communication_dominates(name, settings, least, most):
+    """4,096 tokens of 32 heads on each device, causal, zigzag: exposed communication, of the run."""
+    on = ringsim.load_topology(name, settings)
+    ranks = len(on.slots)
+    work = ringsim.Workload(q_len=4096 * ranks, heads=32, head_dim=128, dtype="bfloat16", mask=ringsim.Causal())
+    made = Schedule(workload=work, world_size=ranks, partition="zigzag")
+    assert least <= ringsim.exposed_communication_s(made, on) / ringsim.simulate(made, on).total_s < most

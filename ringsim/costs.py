@@ -70,10 +70,16 @@ class Costs:
             for micro in self.blocking.micro_tiles(tile):
                 points, what = (table.masked, "masked") if micro.masked else (table.full, "full")
                 efficiency = interpolate(points, micro.q_rows * micro.k_rows, f"{self.name}, head_dim {table.head_dim}, {what}")
-                seconds += copies * micro.pairs * flops_per_pair / (rate * efficiency)
+                seconds += copies * micro.pairs * flops_per_pair / (rate * efficiency * self._busy(tile))
             if table.pass_bandwidth is not None:
                 seconds += pass_nbytes(self.workload, tile) / (table.pass_bandwidth * self.device.speed)
         return seconds
+
+    def _busy(self, tile: Tile) -> float:
+        """The share of the device's units that a fused kernel keeps busy: one block of query rows of a head each."""
+        if self.device.units is None or not self.blocking.exact:
+            return 1.0
+        return min(1.0, _copies(tile) * ceil(tile.q.count / self.blocking.q_rows) / self.device.units)
 
 
 def _copies(tile: Tile) -> int:

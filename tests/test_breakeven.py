@@ -226,3 +226,25 @@ def test_without_nvlink_communication_dominates(name, settings, least, most):
     work = ringsim.Workload(q_len=4096 * ranks, heads=32, head_dim=128, dtype="bfloat16", mask=ringsim.Causal())
     made = Schedule(workload=work, world_size=ranks, partition="zigzag")
     assert least <= ringsim.exposed_communication_s(made, on) / ringsim.simulate(made, on).total_s < most
+
+
+def test_few_heads_leave_units_idle():
+    """23 blocks of 128 queries keep at most 23 of 132 SMs busy; 32 heads of them all."""
+    on = ringsim.load_topology("dgx-h100", {"devices.h100.launch": "0 s"})
+    more = ringsim.load_topology("dgx-h100", {"devices.h100.launch": "0 s", "devices.h100.units": None})
+
+    def attends(machine, heads):
+        work = ringsim.Workload(q_len=23 * 128, heads=heads, head_dim=128, dtype="bfloat16")
+        timeline = ringsim.simulate(Schedule(workload=work, world_size=1), machine)
+        return sum(event.end_s - event.start_s for event in timeline.events if event.kind == "attend")
+
+    assert attends(on, 32) == attends(more, 32)
+    assert attends(on, 1) / attends(more, 1) == pytest.approx(132 / 23)
+    assert attends(on, 4) / attends(more, 4) == pytest.approx(132 / 92)
+    flops = 4 * (23 * 128) ** 2 * 128
+    assert flops / attends(on, 1) <= 989e12 * 23 / 132
+
+
+def test_a_cpu_has_cores_and_no_units():
+    with pytest.raises(TopologyError, match="kind 'cpu' takes no `units`"):
+        ringsim.load_topology("laptop", {"devices.laptop.units": 4})

@@ -109,6 +109,12 @@ Count = Annotated[
     pydantic.BeforeValidator(_count),
     pydantic.WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": MOST}, {"type": "string"}]}),
 ]
+Units = Annotated[
+    int,
+    pydantic.Field(ge=1, le=MOST, strict=True),
+    pydantic.BeforeValidator(_own_source),
+    _schema({"type": "integer", "minimum": 1, "maximum": MOST}),
+]
 Text = Annotated[str, pydantic.Field(min_length=1)]
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][A-Za-z0-9_-]*$")]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]

@@ -22,6 +22,7 @@ from .figures import (
     Strict,
     Switch,
     Time,
+    Units,
     Whole,
 )
 
@@ -64,8 +65,9 @@ class Attention(Strict):
 class Device(Strict):
     """cpu: `ranks` ranks share `cores`, fairly. gpu: one rank, or more if `place` says so, which then share it.
 
-    `speed` scales its computation (a straggler has less than 1). `egress` and `ingress` bound all that leaves or enters it.
-    `inside` is the link between two ranks on it, one per pair.
+    `speed` scales its computation (a straggler has less than 1). `units` are a gpu's SMs or CUs: a fused kernel (`exact`) gives
+    a block of q_rows of a head to one, so a tile keeps at most batch x heads x blocks of them busy. `egress` and `ingress`
+    bound all that leaves or enters it. `inside` is the link between two ranks on it, one per pair.
     """
 
     like: Name | None = None
@@ -74,6 +76,7 @@ class Device(Strict):
     cores: Count | None = None
     ranks: Count = 1
     speed: Positive = 1.0
+    units: Units | None = None
     memory: Size | None = None
     memory_bandwidth: Bandwidth
     egress: Bandwidth | None = None
@@ -87,6 +90,8 @@ class Device(Strict):
     def _whole(self) -> Self:
         if (self.kind == "cpu") != (self.cores is not None):
             raise ValueError("kind 'cpu' needs `cores`" if self.kind == "cpu" else "kind 'gpu' takes no `cores`")
+        if self.kind == "cpu" and self.units is not None:
+            raise ValueError("kind 'cpu' takes no `units`: it has `cores`")
         if self.kind == "gpu" and self.ranks != 1:
             raise ValueError("kind 'gpu' takes no `ranks`: it has one, unless `place` puts several on it")
         for table in self.attention:

@@ -12,7 +12,7 @@ from .figures import OWN, TABLES, check_source
 from .layers import Layers
 
 SECTIONS = ("devices", "links", "groups", "machine", "transports")
-FACTORS = ("achieved", "duplex", "speed", "device_share", "slowed_by_compute", "oversubscription", "cores")
+FACTORS = ("achieved", "duplex", "speed", "device_share", "slowed_by_compute", "oversubscription", "cores", "units")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

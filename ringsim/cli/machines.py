@@ -46,10 +46,9 @@ topologies.add_command(import_)
 def list_() -> None:
     """The machines that ringsim ships."""
     out = console()
+    width = max(map(len, topology.names()))
     for name in topology.names():
-        made = topology.load(name)
-        kinds = ", ".join(dict.fromkeys(made.graph.vertices[number].device for number in made.devices))
-        out.print(f"{name:<20} {len(made.slots):>6} ranks   {kinds}")
+        out.print(f"{name:<{width}} {len(topology.load(name).slots):>6} ranks   {topology.about(name)}")
 
 
 @topologies.command()

@@ -6,6 +6,7 @@ Every value keeps the file and line that it came from, and the nearest `source` 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from numbers import Integral, Real
@@ -107,6 +108,12 @@ def names() -> tuple[str, ...]:
     """The machines that ringsim ships."""
     files = resources.files("ringsim.topologies").iterdir()
     return tuple(sorted(entry.name.removesuffix(".yaml") for entry in files if entry.name.endswith(".yaml")))
+
+
+def about(name: str) -> str:
+    """What a shipped machine is, from the comment that its file begins with: up to its first semicolon or full stop."""
+    first = (resources.files("ringsim.topologies") / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    return re.split(r"; |\. ", first.removeprefix("# ").rstrip("."))[0]
 
 
 def read(name_or_path: str | Path, folder: Path | None = None) -> Document:

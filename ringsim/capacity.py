@@ -132,7 +132,8 @@ def longest(nbytes: Callable[[int], float], capacity: float) -> int:
         at_guess = nbytes(guess * UNIT)
         low, high, at_low, at_high = (guess, high, at_guess, at_high) if at_guess <= capacity else (low, guess, at_low, at_guess)
         looks += 1
-        guess = (low + high) // 2 if looks % 4 == 0 else _on_the_line(low, at_low, high, at_high, capacity)
+        halve = looks % 4 == 0 and not isinf(at_high)
+        guess = (low + high) // 2 if halve else _on_the_line(low, at_low, high, at_high, capacity)
     return low * UNIT
 
 

@@ -202,6 +202,9 @@ class NumpyBackend:
         else:
             kept = self._half.get(name)
             if kept is None or kept.size < source.size or kept.dtype != dtype:
+                # the old one goes before the new one comes
+                kept = None
+                self._half.pop(name, None)
                 kept = self._half[name] = np.empty(source.size, dtype)
             target = kept[: source.size].reshape(source.shape)
         return widen(source, target)

@@ -13,7 +13,8 @@ MACHINES = ("dgx-h100", "dgx-h200", "mi300x", "l20-pcie")
 WORKLOAD = ringsim.Workload(q_len=2**20, batch=4, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", mask=ringsim.Causal())
 PER_DEVICE = WORKLOAD.q_len // 8
 
-print(f"{WORKLOAD.batch} sequences of 1M tokens over 8 ranks, causal, zigzag; {PER_DEVICE:,} tokens of each on a device\n")
+print(f"{WORKLOAD.batch} sequences of 1M tokens over 8 ranks, causal, zigzag; {PER_DEVICE:,} tokens of each on a device")
+print("hides from: the block of one sequence at which a hop hides\n")
 print(f"{'machine':<10} {'needs of a device':>21} {'longest':>8} {'hides from':>11} {'total':>9} {'hops cost':>10}")
 for name in MACHINES:
     machine = ringsim.load_topology(name)

@@ -27,7 +27,7 @@ NOTHING: Final = 1e-9
 class Breakeven:
     """`tokens` per device from which on no rank waits for a hop or drives one; None if not up to `looked_to`.
 
-    Where ranks have uneven work, some wait for others: there, from which on the run is as short as with free hops.
+    Where ranks have uneven work, those with less wait for others: there, from which on those with the most wait for nobody.
     `looked_from` is the smallest block that the device's figures price: a result equal to it is an upper bound. At `tokens`:
     `exposed` is the share of the run that hops cost although nobody waits (they slow the kernels), `flops_per_s` what rank 0's
     first kernel gets out of its device, launch included. `hop_bytes_per_s` is the slowest hop's rate while all ranks send,
@@ -70,13 +70,7 @@ def find_breakeven(schedule: Schedule, topology: Topology, *, multiple: int = 1)
         return replace(schedule, workload=replace(schedule.workload, q_len=tokens, kv_len=tokens, lengths=None))
 
     def hidden(count: int) -> bool:
-        made = at(count)
-        timeline = simulate(made, topology)
-        least_s = NOTHING * timeline.total_s
-        if timeline.exposed_s() <= least_s:
-            return True
-        # where ranks have uneven work, some wait for others whatever hops cost
-        return _uneven(timeline) and timeline.total_s - simulate(made, topology, free_hops=True).total_s <= least_s
+        return _hides(at(count), topology)
 
     first, last, seen = _gallop(hidden, LARGEST // multiple)
     usual = min(max(first, USUAL // multiple), last)
@@ -99,12 +93,31 @@ def find_breakeven(schedule: Schedule, topology: Topology, *, multiple: int = 1)
     )
 
 
-def _uneven(timeline: Timeline) -> bool:
-    """Whether ranks compute for different times."""
-    seconds = [0.0] * timeline.world_size
+def _hides(schedule: Schedule, topology: Topology) -> bool:
+    """Whether hops keep nobody waiting who would not wait for others anyway."""
+    timeline = simulate(schedule, topology)
+    least_s = NOTHING * timeline.total_s
+    if timeline.exposed_s() <= least_s:
+        return True
+    busiest = _busiest(timeline)
+    if len(busiest) == timeline.world_size:
+        return False
+    # of ranks with uneven work, those with less wait for the others whatever hops cost
+    waits = sum(event.duration_s for event in timeline.events if event.rank in busiest and event.kind == "wait")
+    polls = sum(event.poll_s for event in timeline.events if event.rank in busiest)
+    if waits + polls <= least_s:
+        return True
+    return timeline.total_s - simulate(schedule, topology, free_hops=True).total_s <= least_s
+
+
+def _busiest(timeline: Timeline) -> set[int]:
+    """The ranks on the devices that compute for the longest time."""
+    place = timeline.facts["place"]
+    seconds = dict.fromkeys(place, 0.0)
     for event in timeline.events:
-        seconds[event.rank] += event.cpu_s
-    return max(seconds) - min(seconds) > 1e-6 * max(seconds)
+        seconds[place[event.rank]] += event.cpu_s
+    most = max(seconds.values()) * (1 - 1e-6)
+    return {rank for rank, device in enumerate(place) if seconds[device] >= most}
 
 
 def _gallop(hidden: Callable[[int], bool], most: int) -> tuple[int, int, dict[int, bool]]:
@@ -150,7 +163,17 @@ def _turns(schedule: Schedule, topology: Topology, count: int) -> Iterable[int]:
     points = {pairs for table in tables for pairs, _ in (*table.full, *table.masked)}
     tiles = {tile.pairs() / ((tile.batch[1] - tile.batch[0]) * (tile.heads[1] - tile.heads[0])) for tile in _tiles(schedule)}
     turns |= {ceil(count * sqrt(point / pairs)) for point in points for pairs in tiles if pairs}
+    turns |= {ceil(count * rows) for rows in _filled(schedule, topology, placed)}
     return sorted(turns)
+
+
+def _filled(schedule: Schedule, topology: Topology, placed: Iterable[int]) -> Iterable[float]:
+    """How many times longer a tile must be for its blocks of query rows to fill a device's units."""
+    work = schedule.workload
+    for device in {topology.graph.vertices[number].device: topology.device(number) for number in placed}.values():
+        for table in device.attention if device.units is not None else ():
+            for tile in _tiles(schedule):
+                yield table.micro_tile.q_rows * (device.units or 0) / (work.batch * work.heads * tile.q.count)
 
 
 def _tiles(schedule: Schedule) -> Iterable[Any]:

@@ -28,7 +28,7 @@ SAMPLED: Final = 16
 class Demand:
     """What the ranks on a device need of its memory, of which `reserve_nbytes` are held by others.
 
-    `memory_nbytes` is None where the machine does not say.
+    `memory_nbytes` is None where the machine does not say. `fullest` is the footprint of the rank that needs the most.
     """
 
     device: str
@@ -37,6 +37,7 @@ class Demand:
     nbytes: int
     memory_nbytes: float | None
     reserve_nbytes: float = 0.0
+    fullest: Footprint
 
     @property
     def room_nbytes(self) -> float | None:
@@ -50,7 +51,7 @@ class Demand:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "fullest"}
         return values | {"ranks": list(self.ranks), "fits": self.fits}
 
 
@@ -81,32 +82,35 @@ def demands(
         if memory is not None and reserve_nbytes > memory:
             size, reserve = format_size(memory), format_size(reserve_nbytes)
             raise TopologyError(f"{topology.name}: {reserve} are reserved of {vertex.name}, which has {size}")
+        each = [needs[vertex.device](rank) for rank in ranks]
         demand = Demand(
             device=vertex.name,
             kind=vertex.device,
             ranks=tuple(ranks),
-            nbytes=sum(needs[vertex.device](rank) for rank in ranks),
+            nbytes=sum(need.nbytes for need in each),
             memory_nbytes=memory,
             reserve_nbytes=reserve_nbytes,
+            fullest=max(each, key=lambda need: need.nbytes),
         )
         found.append(demand)
     return tuple(found)
 
 
-def _needs(schedule: Schedule, blocking: Blocking | None, feed_forward: FeedForward | None) -> Callable[[int], int]:
-    """The bytes of a rank."""
+def _needs(schedule: Schedule, blocking: Blocking | None, feed_forward: FeedForward | None) -> Callable[[int], Footprint]:
+    """The footprint of a rank, or the largest of a sample."""
     world_size, work = schedule.world_size, schedule.workload
     if world_size > SMALL_WORLD:
         runs = 2 * world_size
         q_len, kv_len = (-(-length // runs) * runs for length in (work.q_len, work.kv_len))
         schedule = replace(schedule, workload=replace(work, q_len=q_len, kv_len=kv_len))
 
-    def of(rank: int) -> int:
-        return weigh(schedule, rank, blocking=blocking, feed_forward=feed_forward).nbytes
+    def of(rank: int) -> Footprint:
+        return weigh(schedule, rank, blocking=blocking, feed_forward=feed_forward)
 
     if world_size <= SMALL_WORLD:
         return of
-    most = max(of(index * (world_size - 1) // (SAMPLED - 1)) for index in range(SAMPLED))
+    sample = (of(index * (world_size - 1) // (SAMPLED - 1)) for index in range(SAMPLED))
+    most = max(sample, key=lambda need: need.nbytes)
     return lambda rank: most
 
 

@@ -76,10 +76,11 @@ class Costs:
         return seconds
 
     def _busy(self, tile: Tile) -> float:
-        """The share of the device's units that a fused kernel keeps busy: one block of query rows of a head each."""
+        """The share of the device that a fused kernel keeps busy: one block of query rows of a head to each unit."""
         if self.device.units is None or not self.blocking.exact:
             return 1.0
-        return min(1.0, _copies(tile) * ceil(tile.q.count / self.blocking.q_rows) / self.device.units)
+        # a block that is partly filled takes as long as a full one: a constant time until all units are busy
+        return min(1.0, _copies(tile) * tile.q.count / (self.blocking.q_rows * self.device.units))
 
 
 def _copies(tile: Tile) -> int:

@@ -101,9 +101,10 @@ def weigh(
     """What `rank` holds while it runs its program: every region that it touches, and scratch.
 
     `blocking` is the lowering of its backend, each of whose `threads` has scratch; without one, or an `exact` one (a fused
-    kernel), micro-tiles stay on chip. The feed-forward, if given, computes the rank's own rows.
+    kernel), micro-tiles stay on chip. Several threads and half precision make it an upper bound: which heads they are at when
+    one goes on is chance. The feed-forward, if given, computes the rank's own rows.
     """
-    program = tuple(schedule.program(rank))
+    program = tuple(schedule.program(rank, whole=True))
     classes, buffers = _regions(program)
     if blocking is not None and not blocking.exact:
         classes["scratch"] = _scratch(program, schedule.workload, blocking, threads)
@@ -153,8 +154,8 @@ def _scratch(program: Iterable[Op], workload: Workload, blocking: Blocking, thre
             tiles += 1
             widened = max(widened, tile.k.count * (workload.head_dim + workload.v_head_dim) * ITEMSIZE[dtype])
             passing = max(passing, tile.k.count * ITEMSIZE[dtype], 48 * tile.q.count if tile.masked else 0)
-    # several threads widen each head anew, while others still work on the one before
-    heads = 0 if dtype == workload.dtype else 1 if threads == 1 else min(2, workload.batch * workload.kv_heads)
+    # several threads widen each head anew: at most, each is at one of its own while the next is made
+    heads = 0 if dtype == workload.dtype else 1 if threads == 1 else min(threads + 1, workload.batch * workload.kv_heads)
     return fixed * threads * bool(tiles) + passing + widened * heads
 
 
@@ -167,7 +168,7 @@ def weigh_dense(workload: Workload, *, feed_forward: FeedForward | None = None) 
 
     A softmax in place; feed-forward of all rows at once.
     """
-    classes, buffers = _regions(Schedule(workload=workload, world_size=1).program(0))
+    classes, buffers = _regions(Schedule(workload=workload, world_size=1).program(0, whole=True))
     for name in ("acc", "max", "sum"):
         classes[NAMED[name]] -= buffers.pop(name, 0)
     classes["scores"] = workload.batch * workload.heads * workload.q_len * workload.kv_len * ITEMSIZE[workload.dtype]

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .capacity import Demand, blocking_of, demands, longest_alone, longest_ring, tightest
-from .footprint import CLASSES, FeedForward, Footprint, weigh, weigh_blockwise, weigh_dense
+from .footprint import CLASSES, FeedForward, Footprint, weigh_blockwise, weigh_dense
 from .report import workload_line
 from .schedule import Schedule
 from .topology import Topology
 from .units import format_size
-from .workload import Workload
+from .workload import MOST, Workload
 
 ALONE = "one layer's attention forward: no weights, no other layers"
 
@@ -74,8 +74,7 @@ def account(
     }
     if window is None:
         del alone["window"]
-    each = [weigh(schedule, rank, blocking=blocking, feed_forward=feed_forward) for rank in demand.ranks]
-    ring = max(each, key=lambda found: found.nbytes)
+    ring = demand.fullest
     room = demand.room_nbytes
     most = longest_ring(schedule, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes)
     lengths = {name: None if room is None else longest_alone(made, work, room) for name, made in alone.items()}
@@ -93,9 +92,9 @@ def account(
 
 
 def tokens(count: int | None) -> str:
-    """``34K``, ``3.5M``, or ``unknown``."""
-    if count is None:
-        return "unknown"
+    """``34K``, ``3.5M``, ``unknown``, or ``no limit`` for all that a workload may have."""
+    if count is None or count >= MOST:
+        return "unknown" if count is None else "no limit"
     for power, prefix in ((30, "G"), (20, "M")):
         if count >= 2**power:
             return f"{count / 2**power:,.4g}{prefix}"

@@ -151,7 +151,8 @@ def breakeven(found: Sequence[Breakeven]) -> RenderableType:
     work = found[0].schedule.workload
     head = f"{work.heads}/{work.kv_heads} heads, head_dim {work.head_dim}, {work.dtype}, {work.mask.name}\n"
     tail = (
-        "\ntokens per device: the smallest block from which on no rank waits for a hop or drives one; <=: the least priced\n"
+        "\ntokens per device: from there on no rank waits for a hop or drives one (of uneven ranks: the busiest do not); "
+        "<=: the least looked at\n"
         "hops still cost: of the run, there, by slowing kernels; F/B: peak over the slowest hop's rate, arXiv 2310.01889"
     )
     return Group(Text(head), table, Text(tail))

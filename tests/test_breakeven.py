@@ -1,13 +1,14 @@
 """The smallest block whose hop hides: against the Ring Attention paper's table, and against arithmetic."""
 
 import json
+from dataclasses import replace
 from math import ceil, sqrt
 
 import pytest
 from click.testing import CliRunner
 
 import ringsim
-from ringsim.breakeven import find_breakeven
+from ringsim.breakeven import _turns, find_breakeven
 from ringsim.cli.main import cli
 from ringsim.errors import TopologyError, WorkloadError
 from ringsim.schedule.schedule import Schedule
@@ -101,6 +102,45 @@ machine: {join: switch, link: wire, of: [one, other, one, other]}
     found = find_breakeven(schedule(4), ringsim.topology.parse(text))
     assert found.f_over_b == pytest.approx(slowest * 10)
     assert found.tokens == pytest.approx(found.f_over_b, rel=0.02)
+
+
+@pytest.mark.parametrize("speed", [0.9, 0.8, 0.5])
+def test_a_straggler_with_kernels_slowed_by_hops(speed):
+    """Ranks with less work wait for the slow one; it hides its hops sooner, though they cost it a share of the device."""
+    even = find_breakeven(schedule(8), ringsim.load_topology("dgx-h100"))
+    slow = {"devices.slow": {"like": "h100", "speed": speed}, "replace": {"h100-3": "slow"}}
+    found = find_breakeven(schedule(8), ringsim.load_topology("dgx-h100", slow))
+    assert found.tokens < even.tokens
+    assert found.exposed > 0.05
+
+
+def test_an_eager_threshold_is_a_turn():
+    """Up to 20 MB a message leaves at once; beyond, the receiver's host must look: seen although no power of two shows it."""
+    settings = {"transports.direct": {"progress": "offload", "eager": "20 MB", "source": "defined: a test"}}
+    on = ringsim.load_topology("ideal", settings)
+    starts = set(_turns(made(4, 1024), on, 1024))
+    assert {2442} <= starts
+    assert 2442 not in set(_turns(made(4, 1024), ringsim.load_topology("ideal"), 1024))
+
+
+def test_the_points_of_a_table_are_turns():
+    on = ringsim.load_topology("dgx-h100")
+    assert {512, 1024, 2048, 4096, 16384} <= set(_turns(made(8, 1024), on, 1024))
+    few = made(8, 1024, heads=3)
+    assert -(-132 * 128 // 3) in set(_turns(few, on, 1024))
+
+
+def made(world_size, tokens, **more):
+    """A schedule of this block."""
+    start = schedule(world_size, **more)
+    return replace(start, workload=replace(start.workload, q_len=tokens * world_size, kv_len=tokens * world_size))
+
+
+def test_of_unlike_steps_the_one_with_the_least_arithmetic_counts():
+    """Contiguous and causal: rank 0 hides its only hop behind half a tile."""
+    on = ringsim.load_topology("ideal")
+    found = find_breakeven(schedule(4, mask=ringsim.Causal()), on)
+    assert found.f_over_b == pytest.approx(2000, rel=0.01)
 
 
 def test_hops_that_share_are_counted_as_they_share():
@@ -228,6 +268,13 @@ def test_without_nvlink_communication_dominates(name, settings, least, most):
     assert least <= ringsim.exposed_communication_s(made, on) / ringsim.simulate(made, on).total_s < most
 
 
+def seconds_of(machine, queries):
+    """The attend of one head's queries over enough keys that a tile's efficiency is its plateau's, launch left out."""
+    work = ringsim.Workload(q_len=queries, kv_len=2**28, heads=1, head_dim=128, dtype="bfloat16")
+    timeline = ringsim.simulate(Schedule(workload=work, world_size=1), machine)
+    return sum(event.end_s - event.start_s for event in timeline.events if event.kind == "attend")
+
+
 def test_few_heads_leave_units_idle():
     """23 blocks of 128 queries keep at most 23 of 132 SMs busy; 32 heads of them all."""
     on = ringsim.load_topology("dgx-h100", {"devices.h100.launch": "0 s"})
@@ -241,6 +288,12 @@ def test_few_heads_leave_units_idle():
     assert attends(on, 32) == attends(more, 32)
     assert attends(on, 1) / attends(more, 1) == pytest.approx(132 / 23)
     assert attends(on, 4) / attends(more, 4) == pytest.approx(132 / 92)
+    assert seconds_of(on, 1) == seconds_of(on, 128) < seconds_of(more, 128) * 133
+    queries = (1, 64, 128, 129, 256, 257, 512, 513, 132 * 128, 132 * 128 + 1, 2 * 132 * 128)
+    times = [seconds_of(on, count) for count in queries]
+    assert all(later >= sooner * (1 - 1e-12) for sooner, later in zip(times, times[1:], strict=False))
+    assert times[0] == pytest.approx(times[8], rel=1e-12)
+    assert times[10] == pytest.approx(2 * times[8], rel=1e-12)
     flops = 4 * (23 * 128) ** 2 * 128
     assert flops / attends(on, 1) <= 989e12 * 23 / 132
 

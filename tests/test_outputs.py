@@ -73,6 +73,18 @@ def test_a_reader_that_goes_is_no_fault(tmp_path, command):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("command", ["topologies list", "--version", "simulate ideal --seq 8K --dtype bf16 --head-dim 128"])
+def test_a_closed_output_is_no_fault(tmp_path, command):
+    done = run(tmp_path, f"{command} >&-")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_what_cannot_be_said_does_not_change_the_exit_code(tmp_path):
+    assert run(tmp_path, "simulate nowhere --seq 8K 2> /dev/full").returncode == 2
+    assert run(tmp_path, "simulate nowhere --seq 8K 2>&-").returncode == 2
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("command", ["topologies schema", "simulate ideal --seq 8K --dtype bf16 --head-dim 128"])
 def test_a_full_disk_is_one_message(tmp_path, command):

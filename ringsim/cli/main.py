@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,5 +45,9 @@ for command in (simulate, memory, breakeven, run, calibrate, compare, schedule, 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # closed by who started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123
     communicates = bool(given) and given[0] in COMMUNICATING
     sys.exit(end(lambda: cli.main(given, prog_name="ringsim", standalone_mode=False), communicates=communicates))

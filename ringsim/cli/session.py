@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -191,8 +191,10 @@ def _initialised_mpi() -> Any:
 def _say(message: str, *, always: bool = False) -> None:
     """One write a message: MPI interleaves what ranks print."""
     if always or leader():
-        sys.stderr.write(message.rstrip("\n") + "\n")
-        sys.stderr.flush()
+        # what cannot be said must not change how the job ends
+        with suppress(OSError):
+            sys.stderr.write(message.rstrip("\n") + "\n")
+            sys.stderr.flush()
 
 
 def _abort(code: int) -> int:

@@ -24,6 +24,7 @@ STRATEGIES: Final[dict[str, tuple[Strategy, int]]] = {"ring": (ring, 1)}
 SYNCS: Final = ("free", "step")
 FORMAT: Final = 1
 SMALL_WORLD: Final = 16
+WHOLE: Final = 2**63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +63,15 @@ class Schedule:
             sync=self.sync,
         )
 
-    def program(self, rank: int) -> Iterator[Op]:
-        """The ops of `rank` in issue order, made on demand."""
+    def program(self, rank: int, *, whole: bool = False) -> Iterator[Op]:
+        """The ops of `rank` in issue order, made on demand; with `whole`, to weigh them, messages of any length in one piece."""
         if not 0 <= rank < self.world_size:
             raise WorkloadError(f"rank {rank} is outside a world of {self.world_size}")
-        return iter(self.given[rank]) if self.given is not None else self._build(rank)
+        limit = WHOLE if whole else self.max_message_nbytes
+        return iter(self.given[rank]) if self.given is not None else self._build(rank, limit)
 
-    def _build(self, rank: int) -> Iterator[Op]:
-        emit = Emitter(rank, self.world_size, self.max_message_nbytes)
+    def _build(self, rank: int, max_message_nbytes: int) -> Iterator[Op]:
+        emit = Emitter(rank, self.world_size, max_message_nbytes)
         build, _ = STRATEGIES[self.strategy]
         yield from build(self.job, rank, emit)
         yield from emit.drain()

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -114,3 +114,17 @@ def yield_core() -> None:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def available_memory(limits: tuple[str, ...] = LIMITS) -> int | None:
+    """Bytes of memory that the host has, or its control group allows; None where the system does not say."""
+    names = getattr(os, "sysconf_names", {})
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if "SC_PHYS_PAGES" in names else []
+    for path in limits:
+        with suppress(OSError):
+            text = Path(path).read_text(encoding="ascii").strip()
+            found += [int(text)] if text.isdecimal() else []
+    return min(found, default=None)

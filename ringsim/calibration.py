@@ -294,12 +294,13 @@ def calibrate(
     make_backend: Callable[[Blocking | None], Any],
     *,
     cores: int,
+    memory_nbytes: int | None = None,
     facts: dict[str, Any],
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure `kernels`, memory and hops with all ranks of one host at work; collective. Returns a topology's plain values.
 
-    `cores` are those that the ranks share; `facts` go into the notes. Raises CalibrationError on several hosts.
+    `cores` and memory are those that the ranks share; `facts` go into the notes. Raises CalibrationError on several hosts.
     """
     if transport.world_size == 1:
         raise CalibrationError("a hop needs two ranks: start with mpiexec -n P, P as in the runs to be predicted")
@@ -323,6 +324,8 @@ def calibrate(
     latency_s, bandwidth = fit_line(hops)
     moving = {"latency": f"{latency_s * 1e6:.3f} us", "bandwidth": _rate(bandwidth, "GB/s", 1e9)}
     host = {"kind": "cpu", "cores": cores, "ranks": transport.world_size, "inside": "memory"}
+    if memory_nbytes is not None:
+        host["memory"] = f"{memory_nbytes // 2**20} MiB"
     return {
         "ringsim": FORMAT,
         "name": f"{hosts[0]}-{transport.world_size}-ranks",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import ringsim
 from ringsim import capacity, inputs, ledger
+from ringsim.backends.cpu import available_memory
 from ringsim.capacity import demands, longest, longest_ring, tightest
 from ringsim.cli.main import cli, main
 from ringsim.errors import RingsimError, TopologyError, WorkloadError
@@ -380,6 +381,14 @@ def test_a_feed_forward_needs_units(wrong):
 def test_a_window_needs_keys():
     with pytest.raises(RingsimError, match="window is 0"):
         weigh_blockwise(bf16(64), window=0)
+
+
+def test_a_control_group_limits_what_a_host_has(tmp_path):
+    whole = available_memory(())
+    limit = tmp_path / "memory.max"
+    for text, found in (("max\n", whole), ("1000000\n", 1000000), (f"{2**62}\n", whole)):
+        limit.write_text(text)
+        assert available_memory((str(limit), str(tmp_path / "none"))) == found
 
 
 # the commands

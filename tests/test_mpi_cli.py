@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ringsim import topology
+from ringsim.backends.cpu import available_memory
 
 from .mpi_launch import RINGSIM, program, run
 
@@ -18,6 +19,8 @@ def test_calibrate_compare_and_run_on_ranks_that_share_cores(tmp_path):
     machine = topology.load(tmp_path / "here.yaml")
     assert (len(machine.slots), machine.transport.progress) == (4, "polling")
     assert machine.spec.notes["library"] != "none"
+    has = available_memory()
+    assert machine.spec.devices["host"].memory == (None if has is None else has // 2**20 * 2**20)
     workload = ("--seq", "1K", "--head-dim", "32", "--causal", "--partition", "zigzag", "--repeats", "3", "--check")
     options = ("--topology", "here.yaml", "--json", "facts.json", "--trace", "trace.json")
     compared = run(tmp_path, (4, (*RINGSIM, "compare", *workload, *options)), timeout_s=120)

@@ -206,7 +206,7 @@ def run(
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the facts as JSON.")
 def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...], timeout: float, json_path: Path | None) -> None:
     """Measure this machine's kernels and hops with all ranks at work, and write them as a topology."""
-    from ringsim.backends.cpu import available_cores
+    from ringsim.backends.cpu import available_cores, available_memory
     from ringsim.backends.numpy import NumpyBackend
 
     transport = open_transport(timeout)
@@ -219,7 +219,15 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
 
     with progress("calibrating", len(kernels) + 2) as advance:
         described = facts(transport, 1)
-        values = calibrate_machine(transport, kernels, backend, cores=available_cores(), facts=described, progress=advance)
+        values = calibrate_machine(
+            transport,
+            kernels,
+            backend,
+            cores=available_cores(),
+            memory_nbytes=available_memory(),
+            facts=described,
+            progress=advance,
+        )
     text = to_yaml(values)
     topology.parse(text, "what was measured")
     on_leader(transport, lambda: files.write_text(output, text))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from math import prod
 from typing import Any, Final
 
@@ -89,7 +88,6 @@ class Footprint:
         }
 
 
-@lru_cache(maxsize=4096)
 def weigh(
     schedule: Schedule,
     rank: int,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -23,43 +24,26 @@ from ..workload import Workload
 Command = Callable[..., Any]
 
 
-if TYPE_CHECKING:
-    from click import ParamType
-else:
-    # generic only in recent versions of click
-    ParamType = {int: click.ParamType, float: click.ParamType}
+class Quantity(click.ParamType):  # type: ignore[type-arg]
+    """A value that `read` makes of a text, or says what is wrong with it."""
 
+    def __init__(self, name: str, kind: type, read: Callable[[str], Any]) -> None:
+        self.name = name
+        self._kind = kind
+        self._read = read
 
-class Tokens(ParamType[int]):
-    """A count of tokens, 1024-based."""
-
-    name = "TOKENS"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """8K is 8192."""
-        if isinstance(value, int):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What is read already stays as it is."""
+        if isinstance(value, self._kind):
             return value
         try:
-            return units.parse_tokens(value)
+            return self._read(value)
         except RingsimError as error:
             self.fail(str(error), param, ctx)
 
 
-class Size(ParamType[float]):
-    """A size with its unit, in bytes."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """``20 GB`` is 2e10."""
-        if isinstance(value, float):
-            return value
-        try:
-            return units.parse(value, "size")
-        except RingsimError as error:
-            self.fail(str(error), param, ctx)
-
-
+TOKENS = Quantity("TOKENS", int, units.parse_tokens)
+SIZE = Quantity("SIZE", float, partial(units.parse, dimension="size"))
 RANKS = click.option("--ranks", type=click.IntRange(1), help="Ranks in the ring. [default: as many as the machine has room for]")
 SHAPE = (
     click.option("--batch", type=int, default=1, show_default=True, help="Sequences."),
@@ -79,8 +63,8 @@ WORKLOAD = (
     click.option(
         "--workload", "workload_path", type=click.Path(path_type=Path), metavar="FILE", help="YAML with these options as keys."
     ),
-    click.option("--seq", type=Tokens(), help="Sequence length in tokens; K = 1024, M = 1024 x 1024."),
-    click.option("--kv-seq", type=Tokens(), help="Keys, if not as many as queries."),
+    click.option("--seq", type=TOKENS, help="Sequence length in tokens; K = 1024, M = 1024 x 1024."),
+    click.option("--kv-seq", type=TOKENS, help="Keys, if not as many as queries."),
     click.option("--q-offset", type=int, help="Position of the first query among the keys (cached context). [default: 0]"),
     *SHAPE,
     MASK,

@@ -15,7 +15,7 @@ from ..schedule import Schedule
 from ..schedule.grid import LEGEND, grid
 from ..simulation import simulate as simulate_schedule
 from ..workload import Workload
-from .options import MACHINE, MASK, OUTPUT, PARTITION, RANKS, SHAPE, WORKLOAD, Size, Tokens, machine, plan, shape, with_options
+from .options import MACHINE, MASK, OUTPUT, PARTITION, RANKS, SHAPE, SIZE, TOKENS, WORKLOAD, machine, plan, shape, with_options
 from .session import check_outputs, console, progress, write_outputs
 
 MOST_RANKS_AS_TEXT = 256
@@ -52,10 +52,10 @@ def simulate(
 @click.command()
 @click.argument("names", metavar="MACHINE...", nargs=-1, required=True)
 @RANKS
-@click.option("--window", type=Tokens(), help="Also a sliding window of this many keys: another function, for comparison.")
+@click.option("--window", type=TOKENS, help="Also a sliding window of this many keys: another function, for comparison.")
 @click.option("--ffn-dim", type=click.IntRange(1), help="Also the feed-forward after attention, with this many hidden units.")
-@click.option("--ffn-block", type=Tokens(), help="Tokens that it computes at a time. [default: all of the rank's]")
-@click.option("--reserve", type=Size(), default="0 B", show_default=True, help="Of each device, held by weights and all else.")
+@click.option("--ffn-block", type=TOKENS, help="Tokens that it computes at a time. [default: all of the rank's]")
+@click.option("--reserve", type=SIZE, default="0 B", show_default=True, help="Of each device, held by weights and all else.")
 @with_options(MACHINE, WORKLOAD, OUTPUT[:1])
 @click.pass_context
 def memory(
@@ -92,7 +92,7 @@ def memory(
 @click.command()
 @click.argument("names", metavar="MACHINE...", nargs=-1, required=True)
 @RANKS
-@click.option("--multiple", type=Tokens(), default=1, show_default=True, help="Blocks are multiples of this many tokens.")
+@click.option("--multiple", type=TOKENS, default=1, show_default=True, help="Blocks are multiples of this many tokens.")
 @with_options(MACHINE, SHAPE, (MASK, PARTITION), OUTPUT[:1])
 @click.pass_context
 def breakeven(
@@ -123,7 +123,7 @@ def breakeven(
 @click.option("--ranks", type=click.IntRange(1), required=True, help="Ranks in the ring.")
 @click.option("--text", "as_text", is_flag=True, help="Every op of every rank, in the form that Schedule.from_text reads.")
 @click.option("--validate/--no-validate", default=True, show_default=True, help="Prove the schedule's invariants.")
-@click.option("--most", type=Tokens(), default=16, show_default=True, help="Ranks shown in the grid.")
+@click.option("--most", type=TOKENS, default=16, show_default=True, help="Ranks shown in the grid.")
 @with_options(WORKLOAD, OUTPUT[:1])
 @click.pass_context
 def schedule(

@@ -26,7 +26,7 @@ FLOORS = [
     {"lowering", "timeline"},
     {"partition", "workload"},
     {"mask", "segments"},
-    {"tile", "dtypes", "units"},
+    {"tile", "dtypes", "units", "calls"},
     {"errors"},
 ]
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -24,7 +24,7 @@ FLOORS = [
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},
     {"schedule", "topologies", "yaml_source"},
     {"lowering", "timeline"},
-    {"partition", "workload"},
+    {"balance", "partition", "workload"},
     {"mask", "segments"},
     {"tile", "dtypes", "units", "calls"},
     {"errors"},

@@ -19,7 +19,7 @@ FLOORS = [
     {"report"},
     {"trace", "comparison", "checking", "attention", "drawing", "breakeven", "hops"},
     {"agreement", "calibration", "simulation", "execution", "importing"},
-    {"capacity"},
+    {"capacity", "shares"},
     {"backends", "costs", "footprint"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},
     {"schedule", "topologies", "yaml_source"},

@@ -11,7 +11,7 @@ import numpy as np
 
 from .dtypes import accumulator, canonical
 from .errors import WorkloadError
-from .mask import Full, Mask, mask_named
+from .mask import Full, Mask, mask_named, shortened
 from .units import shown
 
 PASSES: Final = ("forward", "backward", "both")
@@ -83,8 +83,7 @@ class Workload:
         if self.heads % self.kv_heads:
             raise WorkloadError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         check_scale(self.softmax_scale, self.dtype)
-        if not hasattr(self.mask, "pieces"):
-            raise WorkloadError(f"mask is {self.mask!r}; give a mask such as ringsim.Causal()")
+        self._check_mask()
         if self.pass_ not in PASSES:
             raise WorkloadError(f"unknown pass {self.pass_!r}; allowed: {', '.join(PASSES)}")
         if self.lengths is not None:
@@ -93,6 +92,16 @@ class Workload:
                 raise WorkloadError(
                     f"lengths {self.lengths} must hold {self.batch} counts between 0 and {limit}, one per sequence"
                 )
+
+    def _check_mask(self) -> None:
+        if not hasattr(self.mask, "pieces"):
+            raise WorkloadError(f"mask is {self.mask!r}; give a mask such as ringsim.Causal() or mask_named('causal')")
+        tokens = max(self.q_offset + self.q_len, self.kv_offset + self.kv_len)
+        if self.mask.extent is not None and self.mask.extent > tokens:
+            raise WorkloadError(
+                f"mask {shortened(self.mask.name)} describes {self.mask.extent} tokens, the sequence has {tokens}; "
+                "give the mask of this sequence, or q_offset and kv_offset where it is part of a longer one"
+            )
 
     @property
     def causal(self) -> bool:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringsim.errors import WorkloadError
-from ringsim.mask import MASKS, Causal, Full, mask_named
+from ringsim.mask import Causal, Full, mask_named
 from ringsim.partition import KINDS, Partition
 from ringsim.tile import Span, Tile, visible_keys
 from ringsim.workload import Workload
@@ -139,7 +139,7 @@ def test_a_partition_knows_no_rank_outside_its_world(kind, rank):
 
 
 @REPEATABLE
-@given(st.sampled_from(sorted(MASKS)), spans(), spans())
+@given(st.sampled_from(("causal", "full")), spans(), spans())
 def test_the_pieces_of_a_mask_cover_each_visible_pair_once_and_are_trimmed(name, q, k):
     mask = mask_named(name)
     visible = mask.visible(q.positions(), k.positions())

@@ -25,11 +25,12 @@ LSE_ERROR = {"float64": 1e-12, "float32": 1e-5}
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Keys from `width - 1` before to `ahead` after a query: the only mask here whose band has an upper bound."""
+    """Keys from `width - 1` before to `ahead` after a query, not trimmed: some queries of a tile see none of its keys."""
 
     width: int
     ahead: int = 0
     name: ClassVar[str] = "window"
+    extent: ClassVar[int | None] = None
 
     def pieces(self, q, k):
         return ((q, k, -self.ahead, self.width - 1),) if q.count and k.count else ()

@@ -119,7 +119,7 @@ class _Shared(NamedTuple):
 
 
 class NumpyBackend:
-    """Runs `reset`, `attend` and `finish` on NumPy arrays with `threads` Python threads (BLAS itself runs one).
+    """Runs `reset`, `attend`, `merge`, `pack` and `finish` on NumPy arrays with `threads` Python threads (BLAS itself runs one).
 
     `blocking` overrides the micro-tile sizes that are otherwise chosen from the level-2 cache.
     """
@@ -135,6 +135,7 @@ class NumpyBackend:
         self._scratch: dict[tuple[str, int, int], _Scratch] = {}
         self._half: dict[str, Array] = {}
         self._kernels = {"reset": self._reset, "attend": self._attend, "finish": self._finish}
+        self._kernels |= {"merge": self._merge, "pack": self._pack}
 
     @property
     def nbytes(self) -> int:
@@ -167,6 +168,19 @@ class NumpyBackend:
             for head in range(acc.shape[1]):
                 np.divide(acc[batch, head], divisor[batch, head, :, None], out=out[batch, :, head, :], casting="same_kind")
                 poll()
+
+    def _pack(self, op: Compute, fetch: Fetch, scale: float, poll: Poll) -> None:
+        for source, target in zip(op.reads, op.writes, strict=True):
+            np.copyto(fetch(target), fetch(source))
+            poll()
+
+    def _merge(self, op: Compute, fetch: Fetch, scale: float, poll: Poll) -> None:
+        """Add one partial state to another: exp and sum over the keys of both, on the larger of their references."""
+        regions = [fetch(region) for region in op.reads]
+        mine, other = regions[:3], regions[3:]
+        for batch, head in np.ndindex(*mine[0].shape[:2]):
+            _merge_rows(*(tuple(array[batch, head] for array in side) for side in (mine, other)))
+            poll()
 
     def _attend(self, op: Compute, fetch: Fetch, scale: float, poll: Poll) -> None:
         q, k, v = (fetch(region) for region in op.reads[:3])
@@ -245,6 +259,23 @@ class NumpyBackend:
         if key not in self._scratch:
             self._scratch[key] = _Scratch.make(kernel.blocking, width, dtype)
         return self._scratch[key]
+
+
+def _merge_rows(mine: tuple[Array, ...], other: tuple[Array, ...]) -> None:
+    """Merge a partial state of some rows (acc, max, sum) into another, in place: the larger reference serves both.
+
+    A side that saw no key has sum 0 and reference -inf; where neither saw one, the row stays so. FlashAttention-2, arXiv
+    2307.08691, section 3.1, for two blocks.
+    """
+    (acc, row_max, row_sum), (acc2, row_max2, row_sum2) = mine, other
+    reference = np.maximum(np.where(row_sum == 0, -np.inf, row_max), np.where(row_sum2 == 0, -np.inf, row_max2))
+    np.copyto(reference, 0, where=reference == -np.inf)
+    factor, factor2 = (np.where(s == 0, 0, np.exp(m - reference)) for m, s in ((row_max, row_sum), (row_max2, row_sum2)))
+    row_sum *= factor
+    row_sum += factor2 * row_sum2
+    acc *= factor[:, None]
+    acc += factor2[:, None] * acc2
+    np.copyto(row_max, reference, where=row_sum != 0)
 
 
 def _no_poll() -> None:

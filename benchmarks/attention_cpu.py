@@ -104,7 +104,7 @@ def measure(workload: ringsim.Workload, threads: int, options: argparse.Namespac
     if difference > TOLERANCE:
         raise ArithmeticError(f"ringsim and torch differ by {difference:.1e}; at most {TOLERANCE:g} is allowed")
     job = ringsim.Schedule(workload=workload, world_size=1).job
-    flops = job.flops(job.tiles(0, 0))
+    flops = job.flops(job.tiles(job.q_block(0), job.kv_block(0)))
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     others, give_up_s = [], time.perf_counter() + options.patience
     while len(others) < options.repeats:

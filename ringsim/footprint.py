@@ -22,6 +22,7 @@ NAMED: Final = {
     "v": "k, v",
     "out": "output",
     "acc": "partial output",
+    "state": "partial output",
     "max": "statistics",
     "sum": "statistics",
     "lse": "statistics",
@@ -56,8 +57,9 @@ class FeedForward:
 class Footprint:
     """Bytes by class, and by buffer within (each slot once). `rank` is None where one device does it all.
 
-    q, k, v: the inputs. in flight: what receives fill. output: what the caller gets. partial output, statistics: the running
-    state, float32 (float64 for float64) and log-sum-exp. scores: those of dense attention. scratch: the backend's own.
+    q, k, v: the inputs, and what is packed of them to be sent. in flight: what receives fill. output: what the caller gets.
+    partial output, statistics: the running state, float32 (float64 for float64), and log-sum-exp; where the state travels, its
+    statistics count as partial output. scores: those of dense attention. scratch: the backend's own.
     activations: the feed-forward, alive when attention's buffers but its output are free again.
     """
 
@@ -113,18 +115,21 @@ def weigh(
 
 
 def _regions(program: Iterable[Op]) -> tuple[Counter[str], Counter[str]]:
-    """Bytes by class and by buffer. A slot that receives fill is in flight; one without a name in NAMED is classed by its use."""
+    """Bytes by class and by buffer. What only receives fill is in flight; what has no name in NAMED is classed by its use."""
     sizes: dict[tuple[str, int], int] = {}
     received: set[tuple[str, int]] = set()
     written: set[tuple[str, int]] = set()
+    made: set[tuple[str, int]] = set()
     read: set[tuple[str, int]] = set()
     for op in program:
         for region in regions(op):
             key = (region.buffer, region.slot)
-            sizes[key] = max(sizes.get(key, 0), region.offset + region.nbytes)
+            sizes[key] = max(sizes.get(key, 0), region.array_end)
         if isinstance(op, Recv):
             received.add((op.region.buffer, op.region.slot))
         elif isinstance(op, Compute):
+            if op.kernel == "reset":
+                made |= {(region.buffer, region.slot) for region in op.writes}
             written |= {(region.buffer, region.slot) for region in op.writes}
             read |= {(region.buffer, region.slot) for region in op.reads}
     classes: Counter[str] = Counter()
@@ -132,7 +137,7 @@ def _regions(program: Iterable[Op]) -> tuple[Counter[str], Counter[str]]:
     for (buffer, slot), nbytes in sizes.items():
         place = (buffer, slot)
         role = "in flight" if place not in written | read else "partial output" if place in written & read else "output"
-        arriving = place in received
+        arriving = place in received - made
         classes["in flight" if arriving else NAMED.get(buffer, role)] += nbytes
         buffers[f"{buffer} in flight" if arriving else buffer] += nbytes
     return classes, buffers
@@ -148,6 +153,9 @@ def _scratch(program: Iterable[Op], workload: Workload, blocking: Blocking, thre
         if isinstance(op, Compute) and op.kernel == "finish":
             # the divisor and where it is 0; the copy of lse that the caller gets
             passing = max(passing, prod(op.reads[-1].shape) * (ITEMSIZE[dtype] + 1))
+        if isinstance(op, Compute) and op.kernel == "merge":
+            # per head: the new maximum, two factors, and one partial output scaled
+            passing = max(passing, op.reads[0].shape[2] * (op.reads[0].shape[3] + 5) * ITEMSIZE[dtype])
         for tile in op.tiles if isinstance(op, Compute) else ():
             tiles += 1
             widened = max(widened, tile.k.count * (workload.head_dim + workload.v_head_dim) * ITEMSIZE[dtype])

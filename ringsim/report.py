@@ -28,16 +28,15 @@ def workload_line(schedule: Schedule, *, ranks: bool = True) -> str:
     work = schedule.workload
     lengths = f"seq {work.q_len}" if work.q_len == work.kv_len else f"q_len {work.q_len}, kv_len {work.kv_len}"
     heads = f"{work.heads} heads" if work.heads == work.kv_heads else f"{work.heads}/{work.kv_heads} heads"
-    shape = f"batch {work.batch}, {lengths}, {heads}, head_dim {work.head_dim}, {work.dtype}, {work.mask.name}"
+    shape = f"batch {work.batch}, {lengths}, {heads}, head_dim {work.head_dim}, {work.dtype}, {shortened(work.mask.name)}"
     world = f", {schedule.world_size} ranks" if ranks else ""
     return f"{schedule.strategy}, {schedule.partition}, sync {schedule.sync}{world}: {shape}"
 
 
 def useful_flops(schedule: Schedule) -> int:
-    """FLOPs of the visible pairs over all ranks."""
-    job = schedule.job
-    ranks = range(schedule.world_size)
-    return sum(job.flops(job.tiles(q_rank, kv_rank)) for q_rank in ranks for kv_rank in ranks)
+    """FLOPs of the visible pairs over all ranks: as many as one rank has alone."""
+    job = Schedule(workload=schedule.workload, world_size=1).job
+    return job.flops(job.tiles(job.q_block(0), job.kv_block(0)))
 
 
 def sent_nbytes(schedule: Schedule) -> int:
@@ -149,7 +148,7 @@ def breakeven(found: Sequence[Breakeven]) -> RenderableType:
         row = (format_rate(one.flops_per_s), by_paper, f"{bound}{one.tokens:,}", f"{one.tokens * ranks:,}", f"{one.exposed:.1%}")
         table.add_row(*facts, *row)
     work = found[0].schedule.workload
-    head = f"{work.heads}/{work.kv_heads} heads, head_dim {work.head_dim}, {work.dtype}, {work.mask.name}\n"
+    head = f"{work.heads}/{work.kv_heads} heads, head_dim {work.head_dim}, {work.dtype}, {shortened(work.mask.name)}\n"
     tail = (
         "\ntokens per device: from there on no rank waits for a hop or drives one (of uneven ranks: the busiest do not); "
         "<=: the least looked at\n"

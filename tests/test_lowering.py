@@ -161,7 +161,7 @@ def test_calibration_covers_every_micro_tile_of_a_schedule(q_len, kv_len, world_
     shapes = {kind: [rows * columns for rows, columns in found] for kind, found in micro_shapes(blocking).items()}
     for rank in range(world_size):
         for held in range(world_size):
-            for tile in schedule.job.tiles(rank, held):
+            for tile in schedule.job.tiles(schedule.job.q_block(rank), schedule.job.kv_block(held)):
                 for micro in blocking.micro_tiles(tile):
                     pairs = shapes["masked" if micro.masked else "full"]
                     assert min(pairs) <= micro.q_rows * micro.k_rows <= max(pairs)

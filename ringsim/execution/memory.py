@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -44,17 +43,17 @@ class Memory:
         self._bound.clear()
 
     def array(self, region: Region) -> Array:
-        """The region as an array of its shape and dtype."""
-        bound = self._bound.get((region.buffer, region.slot))
-        if bound is not None:
-            if bound.shape != region.shape:
-                raise ArrayError(f"{region.buffer} has shape {bound.shape}; the schedule expects {region.shape}")
-            return bound
-        end = region.offset + prod(region.shape) * numpy_dtype(region.dtype).itemsize
-        return self._slots[region.buffer, region.slot][region.offset : end].view(numpy_dtype(region.dtype)).reshape(region.shape)
+        """The region as an array of its dtype: of its shape, or a view of its box."""
+        array = self._bound.get((region.buffer, region.slot))
+        if array is None:
+            flat = self._slots[region.buffer, region.slot][region.offset : region.array_end]
+            array = flat.view(numpy_dtype(region.dtype)).reshape(region.shape)
+        elif array.shape != region.shape:
+            raise ArrayError(f"{region.buffer} has shape {array.shape}; the schedule expects {region.shape}")
+        return array if region.box is None else array[tuple(slice(begin, end) for begin, end in region.box)]
 
     def bytes(self, region: Region) -> Bytes:
         """The region as flat bytes, for a transport."""
         bound = self._bound.get((region.buffer, region.slot))
         flat = self._slots[region.buffer, region.slot] if bound is None else bound.reshape(-1).view(np.uint8)
-        return flat[region.offset : region.offset + region.nbytes]
+        return flat[slice(*region.extent)]

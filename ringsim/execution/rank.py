@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import accumulator, numpy_dtype
+from ..dtypes import numpy_dtype
 from ..errors import ArrayError, RankMismatch
 from ..schedule import Schedule, Send
 from ..timeline import Timeline
@@ -35,7 +35,7 @@ class Rank:
         self.memory = Memory(schedule, transport.rank)
         self.timeline: Timeline | None = None
         self._ops = tuple(schedule.program(transport.rank))
-        self._sends_own = any(isinstance(op, Send) and op.region.slot == 0 for op in self._ops)
+        self._leaving = {op.region.buffer for op in self._ops if isinstance(op, Send) and op.region.slot == 0}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The local shapes of q, k, v and out, (batch, local seq, heads, head_dim)."""
@@ -59,11 +59,11 @@ class Rank:
         return None
 
     def walker(self, q: Array, k: Array, v: Array, out: Array) -> Walker:
-        """A walker over the caller's arrays; k and v are copied only if they leave from there and are not dense."""
+        """A walker over the caller's arrays; each is copied only if it leaves from there and is not dense."""
         if message := self.complaint(q, k, v):
             raise ArrayError(f"rank {self.transport.rank}: {message}")
-        if self._sends_own:
-            k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+        if self._leaving:
+            q, k, v = (np.ascontiguousarray(x) if name in self._leaving else x for name, x in (("q", q), ("k", k), ("v", v)))
         self.memory.bind(q=q, k=k, v=v, out=out)
         return Walker(self._ops, self.memory, self.backend, self.transport, self.schedule.workload.softmax_scale)
 
@@ -77,12 +77,11 @@ class Rank:
 
     def _lse(self) -> Array:
         work = self.schedule.workload
-        shape = (work.batch, work.heads, self.shapes()["q"][1])
-        for op in reversed(self._ops):
-            for region in getattr(op, "writes", ()):
-                if region.buffer == "lse":
-                    return self.memory.array(region).copy()
-        return np.full(shape, -np.inf, numpy_dtype(accumulator(work.dtype)))
+        rows = self.shapes()["q"][1]
+        whole = self.schedule.job.home("lse", self.schedule.job.q_block(self.transport.rank))
+        if not whole.nbytes:
+            return np.empty((work.batch, work.heads, rows), numpy_dtype(whole.dtype))
+        return self.memory.array(whole).copy()
 
     def run(self, q: Array, k: Array, v: Array, out: Array) -> Array:
         """Run once, writing `out`; returns lse. Collective. Raises PeerTimeout, ArrayError."""

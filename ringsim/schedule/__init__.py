@@ -1,6 +1,26 @@
 """The schedule: data that the simulator and the executor both walk."""
 
+from . import strategies
+from .emitter import Emitter
+from .job import Block, Job
+from .loops import Lane
 from .ops import Compute, Op, Recv, Region, Send, Wait
-from .schedule import STRATEGIES, Schedule
+from .registry import STRATEGIES, strategy
+from .schedule import Schedule
 
-__all__ = ["STRATEGIES", "Compute", "Op", "Recv", "Region", "Schedule", "Send", "Wait"]
+__all__ = [
+    "STRATEGIES",
+    "Block",
+    "Compute",
+    "Emitter",
+    "Job",
+    "Lane",
+    "Op",
+    "Recv",
+    "Region",
+    "Schedule",
+    "Send",
+    "Wait",
+    "strategies",
+    "strategy",
+]

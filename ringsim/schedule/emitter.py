@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from ..errors import ScheduleError
 from ..tile import Tile
 from .ops import Compute, Op, Post, Recv, Region, Send, Wait
 
 MAX_MESSAGE_NBYTES = 2**31 - 1
-BARRIER_TAG = 16
+BARRIER_TAG = 1024
+"""Tags of barriers; those of a strategy lie below."""
 
 
 def hazards(reads: tuple[Region, ...], writes: tuple[Region, ...], outstanding: Iterable[Post]) -> tuple[int, ...]:
@@ -31,10 +33,9 @@ def hazards(reads: tuple[Region, ...], writes: tuple[Region, ...], outstanding: 
 class Emitter:
     """Yields one rank's ops in issue order; a strategy sets `step` and calls recv, send, compute and barrier."""
 
-    def __init__(self, rank: int, world_size: int, max_message_nbytes: int = MAX_MESSAGE_NBYTES) -> None:
+    def __init__(self, rank: int, max_message_nbytes: int = MAX_MESSAGE_NBYTES) -> None:
         self.rank = rank
         self.step = 0
-        self._world_size = world_size
         self._limit = max_message_nbytes
         self._outstanding: dict[int, Post] = {}
         self._next_id = 0
@@ -71,17 +72,17 @@ class Emitter:
             id=self._take_id(), step=self.step, phase=phase, kernel=kernel, reads=reads, writes=writes, tiles=tiles, flops=flops
         )
 
-    def barrier(self, group: str = "ring") -> Iterator[Op]:
-        """Nobody passes before all have come, with all their posts complete: a dissemination barrier of one-byte tokens.
+    def barrier(self, members: Sequence[int], group: str = "ring") -> Iterator[Op]:
+        """None of `members` passes before all have come, with all their posts complete: dissemination of one-byte tokens.
 
         Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization" (1988): ceil(log2 P) rounds.
         """
         yield from self.drain()
-        distance = 1
-        while distance < self._world_size:
+        place, distance = members.index(self.rank), 1
+        while distance < len(members):
             token = Region(buffer="token", slot=2 * distance, shape=(1,), dtype="uint8", value="token")
             arrived = replace(token, slot=2 * distance + 1)
-            back, ahead = (self.rank - distance) % self._world_size, (self.rank + distance) % self._world_size
+            back, ahead = members[(place - distance) % len(members)], members[(place + distance) % len(members)]
             tag = BARRIER_TAG + distance.bit_length()
             yield from self.recv(arrived, peer=back, tag=tag, phase="barrier", group=group)
             yield from self.send(token, peer=ahead, tag=tag, phase="barrier", group=group)
@@ -93,13 +94,18 @@ class Emitter:
         yield from self._wait(tuple(self._outstanding), phase)
 
     def _chunks(self, region: Region) -> Iterator[Region]:
-        if region.nbytes <= self._limit:
-            if region.nbytes:
-                yield region
+        nbytes = region.nbytes
+        if not nbytes:
             return
-        for begin in range(0, region.nbytes, self._limit):
-            size = min(self._limit, region.nbytes - begin)
-            yield replace(region, shape=(size,), dtype="uint8", offset=region.offset + begin)
+        if not region.dense:
+            raise ScheduleError(f"{region.value} in {region.buffer} slot {region.slot} is not dense: pack it before it is sent")
+        if nbytes <= self._limit:
+            yield region
+            return
+        first, _ = region.extent
+        for begin in range(0, nbytes, self._limit):
+            size = min(self._limit, nbytes - begin)
+            yield replace(region, shape=(size,), dtype="uint8", offset=first + begin, box=None)
 
     def _wait(self, posts: tuple[int, ...], phase: str = "hop") -> Iterator[Op]:
         if posts:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from .ops import Compute, Op, Send
 from .schedule import Schedule
 
-LEGEND = "aN: attends the block of rank N, ~ under a band; k>N: sends k to rank N; a dot: nothing to do"
+LEGEND = "aN: attends the block of rank N, ~ under a band, qM:aN with the queries of rank M; k>N: sends k to rank N; .: nothing"
 
 
 def cells(schedule: Schedule, ranks: range) -> dict[tuple[int, int], str]:
@@ -15,21 +15,27 @@ def cells(schedule: Schedule, ranks: range) -> dict[tuple[int, int], str]:
     parts: dict[tuple[int, int], list[str]] = defaultdict(list)
     for rank in ranks:
         for op in schedule.program(rank):
-            text = _mark(op)
+            text = _mark(op, rank)
             if text and text not in parts[op.step, rank]:
                 parts[op.step, rank].append(text)
     return {key: " ".join(texts) for key, texts in parts.items()}
 
 
-def _mark(op: Op) -> str:
+def _mark(op: Op, rank: int) -> str:
     if isinstance(op, Compute):
         if op.kernel != "attend":
             return ""
-        block = op.reads[1].value.strip("kv[]")
-        return f"a{block}{'~' if any(tile.masked for tile in op.tiles) else ''}"
+        queries, keys = (_owner(region.value) for region in op.reads[:2])
+        visitor = "" if queries == rank else f"q{queries}:"
+        return f"{visitor}a{keys}{'~' if any(tile.masked for tile in op.tiles) else ''}"
     if isinstance(op, Send) and op.phase != "barrier":
         return f"{op.region.buffer}>{op.peer}"
     return ""
+
+
+def _owner(value: str) -> int:
+    """The rank in a value such as ``k[3]`` or ``k[3|0:50|0:2]``."""
+    return int(value.partition("[")[2].rstrip("]").partition("|")[0])
 
 
 def grid(schedule: Schedule, *, most_ranks: int = 16, fault: tuple[int, int] | None = None) -> str:

@@ -1,44 +1,192 @@
-"""What a strategy is told: the workload, who holds which tokens, and the tiles between two ranks' shards."""
+"""What a strategy is told: the workload, who holds which tokens, and the tiles between any two blocks of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple, TypeVar
 
+from ..dtypes import accumulator
+from ..errors import ScheduleError
 from ..partition import Partition
 from ..tile import Span, Tile
 from ..workload import Workload
+from .ops import Box, Region
+
+MOST_REMEMBERED: Final = 65536
+_VALUE: Final = re.compile(r"(\w+)\[(\d+)(?:\|(\d+):(\d+)\|(\d+):(\d+))?\]")
+Made = TypeVar("Made")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Block(NamedTuple):
+    """A part of the tokens that `rank` holds: its local rows, half-open, and key/value heads with their query heads."""
+
+    rank: int
+    rows: tuple[int, int]
+    heads: tuple[int, int]
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return self.rows[1] - self.rows[0]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Job:
-    """A workload on `world_size` ranks; queries and keys are split by the same kind of partition."""
+    """A workload on `world_size` ranks; queries and keys are split by the same kind of partition.
+
+    Blocks of queries and of keys and values are named by the rank at home there; `remember` keeps what is costly to find.
+    """
 
     workload: Workload
     q_partition: Partition
     kv_partition: Partition
     sync: str = "free"
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def world_size(self) -> int:
         """Ranks."""
         return self.q_partition.world_size
 
-    def tiles(self, q_rank: int, kv_rank: int) -> tuple[Tile, ...]:
-        """The tiles between the queries of one rank and the keys of another; none where the mask leaves nothing."""
-        return _tiles(self, q_rank, kv_rank)
+    def remember(self, key: Any, make: Callable[[], Made]) -> Made:
+        """What `make` returned for this key, made once (or again, where very much is kept)."""
+        if key not in self._kept:
+            made = make()
+            if len(self._kept) >= MOST_REMEMBERED:
+                self._kept.clear()
+            self._kept[key] = made
+        found: Made = self._kept[key]
+        return found
 
-    def needs(self, q_rank: int, kv_rank: int) -> bool:
-        """Whether a query of `q_rank` sees a key of `kv_rank`."""
-        return bool(_tiles(self, q_rank, kv_rank))
+    def q_block(self, rank: int) -> Block:
+        """All queries of `rank`."""
+        return Block(rank, (0, self.q_partition.count(rank)), (0, self.workload.kv_heads))
 
-    def reach(self, kv_rank: int) -> int:
-        """How many hops the block of `kv_rank` must travel: the distance to the last rank down the ring that needs it."""
-        return _reach(self, kv_rank)
+    def kv_block(self, rank: int) -> Block:
+        """All keys and values of `rank`."""
+        return Block(rank, (0, self.kv_partition.count(rank)), (0, self.workload.kv_heads))
+
+    def tiles(self, q: Block, kv: Block) -> tuple[Tile, ...]:
+        """The tiles between two blocks of the same heads, which rows and heads count from; none where nothing is seen."""
+        return self.remember((q, kv), lambda: tuple(self._tiles(q, kv)))
+
+    def needs(self, q: Block, kv: Block) -> bool:
+        """Whether a query of one block sees a key of the other."""
+        return bool(self.tiles(q, kv))
 
     def flops(self, tiles: tuple[Tile, ...]) -> int:
         """Multiply-adds counted as two: 2 x pairs x (head_dim + v_head_dim)."""
         return 2 * sum(tile.pairs() for tile in tiles) * (self.workload.head_dim + self.workload.v_head_dim)
+
+    def q_heads(self, block: Block) -> tuple[int, int]:
+        """The block's query heads."""
+        group = self.workload.heads // self.workload.kv_heads
+        return block.heads[0] * group, block.heads[1] * group
+
+    def _tiles(self, q: Block, kv: Block) -> Iterator[Tile]:
+        work = self.workload
+        first, end = self.q_heads(q)
+        for batch, queries, keys in work.sequences():
+            for q_span in _within(self.q_partition.spans(q.rank), q.rows):
+                for k_span in _within(self.kv_partition.spans(kv.rank), kv.rows):
+                    moved_q = _shift(_clip(q_span, queries), work.q_offset)
+                    moved_k = _shift(_clip(k_span, keys), work.kv_offset)
+                    for q_part, k_part, lo, hi in work.mask.pieces(moved_q, moved_k):
+                        yield Tile(batch=batch, heads=(0, end - first), q=q_part, k=k_part, lo=lo, hi=hi)
+
+    def home(self, name: str, block: Block) -> Region:
+        """A block of q, k, v, out or lse where the caller has it: slot 0, all of the rank's array or a box of it."""
+        work, rank = self.workload, block.rank
+        heads = block.heads if name in "kv" else self.q_heads(block)
+        rows = (self.kv_partition if name in "kv" else self.q_partition).count(rank)
+        shape: tuple[int, ...]
+        box: Box
+        if name == "lse":
+            shape, box = (work.batch, work.heads, rows), ((0, work.batch), heads, block.rows)
+        else:
+            width = self._width(name)
+            shape = (work.batch, rows, work.kv_heads if name in "kv" else work.heads, width)
+            box = ((0, work.batch), block.rows, heads, (0, width))
+        dtype = accumulator(work.dtype) if name == "lse" else work.dtype
+        made = Region(buffer=name, slot=0, shape=shape, dtype=dtype, value=self.value(name, block))
+        return made if made.shape == tuple(high - low for low, high in box) else replace(made, box=box)
+
+    def copy(self, name: str, block: Block, slot: int) -> Region:
+        """A block of q, k or v away from home, dense, in `slot` of its buffer."""
+        work = self.workload
+        first, end = block.heads if name in "kv" else self.q_heads(block)
+        shape = (work.batch, block.count, end - first, self._width(name))
+        return Region(buffer=name, slot=slot, shape=shape, dtype=work.wire_dtype, value=self.value(name, block))
+
+    def state(
+        self, block: Block, version: int, *, slot: int = 0, packed: bool = False, at: int | None = None
+    ) -> tuple[Region, ...]:
+        """The running partial output, maximum and sum of a block of queries after `version` ops that changed it.
+
+        Each in a buffer of its own, or `packed` one after the other into buffer ``state``, where `parcel` spans all three.
+        `at`: only of the keys of that rank, to be merged at home.
+        """
+        work, dtype = self.workload, accumulator(self.workload.dtype)
+        first, end = self.q_heads(block)
+        rows = (work.batch, end - first, block.count)
+        regions: list[Region] = []
+        offset = 0
+        for name, shape in (("acc", (*rows, work.v_head_dim)), ("max", rows), ("sum", rows)):
+            value = self.value("state" if packed else name, block) + ("" if at is None else f"@{at}")
+            region = Region(
+                buffer="state" if packed else name,
+                slot=slot,
+                shape=shape,
+                dtype=dtype,
+                value=value,
+                version=version,
+                offset=offset,
+            )
+            regions.append(region)
+            offset += region.nbytes if packed else 0
+        return tuple(regions)
+
+    def parcel(self, block: Block, version: int, *, slot: int = 0, at: int | None = None) -> Region:
+        """All of a packed state, as one message."""
+        last = self.state(block, version, slot=slot, packed=True, at=at)[-1]
+        return replace(last, shape=(last.array_end,), dtype="uint8", offset=0)
+
+    def value(self, name: str, block: Block) -> str:
+        """What a region holds, in words: ``k[3]``, or ``k[3|0:50|0:2]`` for a part: rank, rows and key/value heads."""
+        whole = self.kv_block(block.rank) if name in "kv" else self.q_block(block.rank)
+        if block == whole:
+            return f"{name}[{block.rank}]"
+        return f"{name}[{block.rank}|{block.rows[0]}:{block.rows[1]}|{block.heads[0]}:{block.heads[1]}]"
+
+    def block(self, value: str) -> Block:
+        """The block that a value names. Raises ScheduleError."""
+        match = _VALUE.fullmatch(value)
+        if match is None:
+            raise ScheduleError(f"{value!r} names no block of a rank")
+        rank = int(match[2])
+        if match[3] is None:
+            return self.kv_block(rank) if match[1] in "kv" else self.q_block(rank)
+        low, high, first, end = map(int, match.groups()[2:])
+        return Block(rank, (low, high), (first, end))
+
+    def _width(self, name: str) -> int:
+        return self.workload.head_dim if name in "qk" else self.workload.v_head_dim
+
+
+def _within(spans: tuple[Span, ...], rows: tuple[int, int]) -> Iterator[Span]:
+    """What lies in these local rows, with rows counted from the first of them."""
+    low, high = rows
+    for span in spans:
+        begin, end = max(low - span.row, 0), min(high - span.row, span.count)
+        if begin < end:
+            part = span if (begin, end) == (0, span.count) else span.part(begin, end)
+            yield _renumber(part, part.row - low) if low else part
+
+
+def _renumber(span: Span, row: int) -> Span:
+    return replace(span, row=row)
 
 
 def _shift(span: Span, offset: int) -> Span:
@@ -49,23 +197,3 @@ def _clip(span: Span, length: int) -> Span:
     """The tokens of a span at positions below `length` (before any offset)."""
     count = min(span.count, max(0, -((span.start - length) // span.step)))
     return span if count == span.count else span.part(0, count)
-
-
-@lru_cache(maxsize=65536)
-def _tiles(job: Job, q_rank: int, kv_rank: int) -> tuple[Tile, ...]:
-    work = job.workload
-    tiles = []
-    for batch, queries, keys in work.sequences():
-        for q_span in job.q_partition.spans(q_rank):
-            for k_span in job.kv_partition.spans(kv_rank):
-                q = _shift(_clip(q_span, queries), work.q_offset)
-                k = _shift(_clip(k_span, keys), work.kv_offset)
-                for q_part, k_part, lo, hi in work.mask.pieces(q, k):
-                    tiles.append(Tile(batch=batch, heads=(0, work.heads), q=q_part, k=k_part, lo=lo, hi=hi))
-    return tuple(tiles)
-
-
-@lru_cache(maxsize=65536)
-def _reach(job: Job, kv_rank: int) -> int:
-    world_size = job.world_size
-    return next((d for d in range(world_size - 1, 0, -1) if job.needs((kv_rank + d) % world_size, kv_rank)), 0)

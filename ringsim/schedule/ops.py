@@ -8,13 +8,15 @@ from math import prod
 from ..dtypes import ITEMSIZE
 from ..tile import Tile
 
+Box = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
     """A slice of a buffer slot and the value and version that it holds there.
 
-    `shape` is dense in C order ("layout" is that of the kernel: bshd for q, k, v and out). `offset` and `nbytes` count
-    bytes from the slot's start.
+    `shape` is that of an array, dense in C order ("layout" is that of the kernel: bshd for q, k, v and out), that starts
+    `offset` bytes into the slot. With a `box`, a half-open range on each axis, the region is that part of the array.
     """
 
     buffer: str
@@ -24,17 +26,55 @@ class Region:
     value: str
     version: int = 0
     offset: int = 0
+    box: Box | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of what a kernel gets: that of the box, if there is one."""
+        return self.shape if self.box is None else tuple(end - begin for begin, end in self.box)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slice."""
-        return prod(self.shape) * ITEMSIZE[self.dtype]
+        return prod(self.sizes) * ITEMSIZE[self.dtype]
+
+    @property
+    def array_end(self) -> int:
+        """Bytes from the slot's start to the end of the array that the region is, or lies in."""
+        return self.offset + prod(self.shape) * ITEMSIZE[self.dtype]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """From its first byte to after its last, counted from the slot's start; a box may leave out bytes in between."""
+        if self.box is None or not self.nbytes:
+            return self.offset, self.offset + self.nbytes
+        first = last = 0
+        for (begin, end), size in zip(self.box, self.shape, strict=True):
+            first, last = first * size + begin, last * size + end - 1
+        itemsize = ITEMSIZE[self.dtype]
+        return self.offset + first * itemsize, self.offset + (last + 1) * itemsize
+
+    @property
+    def dense(self) -> bool:
+        """Whether no byte is left out in between: only then can it be sent as it is."""
+        begin, end = self.extent
+        return end - begin == self.nbytes
 
     def overlaps(self, other: Region) -> bool:
         """Whether both touch a common byte."""
         if self.buffer != other.buffer or self.slot != other.slot:
             return False
-        return self.offset < other.offset + other.nbytes and other.offset < self.offset + self.nbytes
+        (begin, end), (other_begin, other_end) = self.extent, other.extent
+        if begin >= other_end or other_begin >= end:
+            return False
+        if (
+            self.box is None
+            or other.box is None
+            or (self.shape, self.dtype, self.offset) != (other.shape, other.dtype, other.offset)
+        ):
+            return True
+        axes = zip(self.box, other.box, strict=True)
+        return all(low < other_high and other_low < high for (low, high), (other_low, other_high) in axes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

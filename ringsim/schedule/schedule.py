@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -15,14 +15,10 @@ from ..workload import Workload
 from .emitter import MAX_MESSAGE_NBYTES, Emitter
 from .job import Job
 from .ops import Compute, Op, Recv, Region, Send
-from .ring import ring
-
-Strategy = Callable[[Job, int, Emitter], Iterator[Op]]
-STRATEGIES: Final[dict[str, tuple[Strategy, int]]] = {"ring": (ring, 1)}
-"""Each strategy with the version of its builder; a change to its ops raises the version."""
+from .registry import find
 
 SYNCS: Final = ("free", "step")
-FORMAT: Final = 1
+FORMAT: Final = 2
 SMALL_WORLD: Final = 16
 WHOLE: Final = 2**63
 
@@ -31,6 +27,8 @@ WHOLE: Final = 2**63
 class Schedule:
     """Who computes, sends and waits when `strategy` runs `workload` on `world_size` ranks.
 
+    `strategy` is a name with its arguments, such as ``ring`` or ``double-ring(8)``; one that computes another function than
+    the workload asks for (``local-window(4K)``) puts it into the schedule's `workload`.
     `sync` is ``free`` or ``step`` (a barrier between rounds). Messages above `max_message_nbytes` travel in chunks.
     `given` holds programs that were read from text; without it `program` builds them. Raises WorkloadError.
     """
@@ -44,24 +42,32 @@ class Schedule:
     given: tuple[tuple[Op, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise WorkloadError(f"unknown strategy {self.strategy!r}; known: {', '.join(STRATEGIES)}")
+        choice = find(self.strategy)
+        object.__setattr__(self, "strategy", choice.text)
+        object.__setattr__(self, "workload", choice.adapt(self.workload))
+        self._check()
+        self.job.q_partition.count(0)
+        next(self.program(0), None)
+
+    def _check(self) -> None:
+        if self.workload.pass_ != "forward":
+            raise WorkloadError(
+                f"strategy {self.strategy!r} has no schedule for pass {self.workload.pass_!r}; use pass 'forward'"
+            )
+        if self.workload.wire_dtype != self.workload.dtype:
+            raise WorkloadError(
+                f"strategy {self.strategy!r} sends blocks as they are: "
+                f"wire_dtype {self.workload.wire_dtype} must be {self.workload.dtype}"
+            )
         if self.sync not in SYNCS:
             raise WorkloadError(f"unknown sync {self.sync!r}; allowed: {', '.join(SYNCS)}")
         if not 1 <= self.max_message_nbytes <= MAX_MESSAGE_NBYTES:
             raise WorkloadError(f"max_message_nbytes is {self.max_message_nbytes}; it must be 1 to {MAX_MESSAGE_NBYTES}")
-        self.job.q_partition.count(0)
-        next(self.program(0), None)
 
     @property
     def job(self) -> Job:
         """The workload with its partitions."""
-        return Job(
-            workload=self.workload,
-            q_partition=Partition(kind=self.partition, length=self.workload.q_len, world_size=self.world_size),
-            kv_partition=Partition(kind=self.partition, length=self.workload.kv_len, world_size=self.world_size),
-            sync=self.sync,
-        )
+        return _job(self.workload, self.partition, self.world_size, self.sync)
 
     def program(self, rank: int, *, whole: bool = False) -> Iterator[Op]:
         """The ops of `rank` in issue order, made on demand; with `whole`, to weigh them, messages of any length in one piece."""
@@ -71,17 +77,14 @@ class Schedule:
         return iter(self.given[rank]) if self.given is not None else self._build(rank, limit)
 
     def _build(self, rank: int, max_message_nbytes: int) -> Iterator[Op]:
-        emit = Emitter(rank, self.world_size, max_message_nbytes)
-        build, _ = STRATEGIES[self.strategy]
-        yield from build(self.job, rank, emit)
-        yield from emit.drain()
+        yield from find(self.strategy).program(self.job, rank, Emitter(rank, max_message_nbytes))
 
     def inputs(self) -> dict[str, Any]:
         """The canonical inputs of the builder, and the versions of what reads them."""
         return {
             "format": FORMAT,
             "strategy": self.strategy,
-            "strategy_version": STRATEGIES[self.strategy][1],
+            "strategy_version": find(self.strategy).strategy.version,
             "partition": self.partition,
             "world_size": self.world_size,
             "sync": self.sync,
@@ -100,7 +103,7 @@ class Schedule:
         for op in self.program(rank):
             for region in regions(op):
                 key = (region.buffer, region.slot)
-                sizes[key] = max(sizes.get(key, 0), region.offset + region.nbytes)
+                sizes[key] = max(sizes.get(key, 0), region.array_end)
         return sizes
 
     def validate(self) -> None:
@@ -128,6 +131,15 @@ def regions(op: Op) -> tuple[Region, ...]:
     if isinstance(op, Compute):
         return op.reads + op.writes
     return (op.region,) if isinstance(op, Send | Recv) else ()
+
+
+@lru_cache(maxsize=8)
+def _job(workload: Workload, partition: str, world_size: int, sync: str) -> Job:
+    """One for all programs of a schedule: it remembers tiles."""
+    q_partition, kv_partition = (
+        Partition(kind=partition, length=length, world_size=world_size) for length in (workload.q_len, workload.kv_len)
+    )
+    return Job(workload=workload, q_partition=q_partition, kv_partition=kv_partition, sync=sync)
 
 
 @lru_cache(maxsize=256)

@@ -11,9 +11,10 @@ from ..errors import RingsimError, ScheduleError
 from ..tile import Span, Tile
 from ..workload import Workload
 from .ops import Compute, Op, Recv, Region, Send, Wait
-from .schedule import FORMAT, STRATEGIES, Schedule
+from .registry import find
+from .schedule import FORMAT, Schedule
 
-_REGION = re.compile(r"(\w+)@(\d+)(?:\+(\d+))?\[([\d,]*):(\w+)\]=(\S+)\.(\d+)")
+_REGION = re.compile(r"(\w+)@(\d+)(?:\+(\d+))?\[([\d,:/]*):(\w+)\]=(\S+)\.(\d+)")
 _TILE = re.compile(r"b(\d+):(\d+)h(\d+):(\d+)q(\d+)\+(\d+)@(-?\d+)/(\d+)k(\d+)\+(\d+)@(-?\d+)/(\d+)lo(-?\d+|\*)hi(-?\d+|\*)")
 
 
@@ -39,7 +40,8 @@ def _op_text(op: Op) -> str:
 
 def _region_text(region: Region) -> str:
     offset = f"+{region.offset}" if region.offset else ""
-    shape = ",".join(map(str, region.shape))
+    ranges = [""] * len(region.shape) if region.box is None else [f"{begin}:{end}/" for begin, end in region.box]
+    shape = ",".join(f"{range_}{size}" for range_, size in zip(ranges, region.shape, strict=True))
     return f"{region.buffer}@{region.slot}{offset}[{shape}:{region.dtype}]={region.value}.{region.version}"
 
 
@@ -77,7 +79,7 @@ def from_text(text: str) -> Schedule:
 
 def _assemble(inputs: dict[str, Any], digest: str, programs: list[list[Op]]) -> Schedule:
     try:
-        if inputs["strategy_version"] != STRATEGIES[inputs["strategy"]][1]:
+        if inputs["strategy_version"] != find(inputs["strategy"]).strategy.version:
             raise ScheduleError(
                 f"written by version {inputs['strategy_version']} of strategy {inputs['strategy']!r}; this is another"
             )
@@ -121,14 +123,19 @@ def _parse_region(text: str) -> Region:
     if match is None:
         raise ValueError(f"{text!r} is no region")
     buffer, slot, offset, shape, dtype, value, version = match.groups()
+    axes = [axis.rpartition("/") for axis in shape.split(",") if axis]
+    ranges = [tuple(map(int, range_.split(":"))) for range_, slash, _ in axes if slash]
+    if len(ranges) not in (0, len(axes)) or any(len(range_) != 2 for range_ in ranges):
+        raise ValueError(f"{text!r} is no region")
     return Region(
         buffer=buffer,
         slot=int(slot),
-        shape=tuple(int(size) for size in shape.split(",") if size),
+        shape=tuple(int(size) for _, _, size in axes),
         dtype=dtype,
         value=value,
         version=int(version),
         offset=int(offset or 0),
+        box=tuple((begin, end) for begin, end in ranges) or None,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +91,8 @@ class _Place:
 
     def write(self, region: Region, end: int | None = None) -> None:
         """From now on the region's bytes hold its value and version; what lay there before is gone."""
-        begin, end = region.offset, region.offset + region.nbytes if end is None else end
+        begin, last = region.extent
+        end = last if end is None else end
         kept = []
         for low, high, content in self.held.get((region.buffer, region.slot), []):
             kept += [part for part in ((low, min(high, begin), content), (max(low, end), high, content)) if part[0] < part[1]]
@@ -98,16 +100,16 @@ class _Place:
 
     def stale(self, region: Region) -> str | None:
         """What stands, somewhere in the region's bytes, in place of its value and version; None if nothing else does."""
-        reached = region.offset
+        reached, end = region.extent
         for low, high, (value, version) in self.held.get((region.buffer, region.slot), []):
-            if high <= reached or low >= region.offset + region.nbytes:
+            if high <= reached or low >= end:
                 continue
             if low > reached:
                 break
             if (value, version) != (region.value, region.version):
                 return f"{value} version {version}"
             reached = high
-        return None if reached >= region.offset + region.nbytes else f"nothing from byte {reached}"
+        return None if reached >= end else f"nothing from byte {reached}"
 
 
 class _Replay:
@@ -147,9 +149,12 @@ class _Replay:
 
     def _check_read(self, rank: int, op: Op, region: Region) -> None:
         place, slot = self._places[rank], (region.buffer, region.slot)
-        if slot not in place.held and (slot in INPUTS or region.buffer == "token"):
-            place.write(region, end=2**63)
-        found = place.stale(region)
+        if slot in INPUTS:
+            found = None if _is_own(self._schedule, rank, region) else "the rank's own"
+        else:
+            if slot not in place.held and region.buffer == "token":
+                place.write(region)
+            found = place.stale(region)
         if found is not None:
             message = f"reads {region.value} version {region.version} from {slot[0]} slot {slot[1]}, which holds {found}"
             raise _fault(self._schedule, rank, op, message)
@@ -169,6 +174,18 @@ class _Replay:
             self._places[source].done.add(send.id)
             self._places[target].done.add(recv.id)
             self._places[target].write(recv.region)
+
+
+def _is_own(schedule: Schedule, rank: int, region: Region) -> bool:
+    """Whether an input's region, which the caller fills, says what it is: the rank's own, whole or the part that it covers."""
+    block = schedule.job.block(region.value)
+    named = schedule.job.home(region.buffer, block) if block.rank == rank else None
+    if named is None or region.version:
+        return False
+    if region.dtype == "uint8":
+        (begin, end), (low, high) = region.extent, named.extent
+        return low <= begin and end <= high
+    return region == named
 
 
 def _check_match(schedule: Schedule, send: Send, target: int, recv: Recv) -> None:
@@ -198,21 +215,41 @@ def _check_pairs(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> Non
 
 
 def _check_coverage(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> None:
-    """Every required (sequence, query head, query, key) once: all queries of small workloads, sampled ones of large."""
+    """Every required (sequence, query head, query, key) once: all queries of small workloads, sampled ones of large.
+
+    Queries may be computed on any rank: where ranks are sampled, all programs are searched for the queries of these.
+    """
     job, work = schedule.job, schedule.workload
-    tiles = [(rank, op, tile) for rank, ops in programs.items() for op in ops if isinstance(op, Compute) for tile in op.tiles]
+    covers = list(_covers(schedule, programs))
     owned = np.concatenate([job.q_partition.positions(rank) for rank in programs]) if programs else np.empty(0, np.int64)
     if len(owned) * max(work.kv_len, 1) > EXHAUSTIVE_PAIRS:
         owned = np.random.default_rng(0).choice(owned, min(SAMPLED_QUERIES, len(owned)), replace=False)
     owned.sort()
-    for batch in _starts(work.batch, [tile.batch for _, _, tile in tiles] + [run for run, _, _ in work.sequences()]):
-        for head in _starts(work.heads, [tile.heads for _, _, tile in tiles]):
+    for batch in _starts(work.batch, [cover.batch for cover in covers] + [run for run, _, _ in work.sequences()]):
+        for head in _starts(work.heads, [cover.heads for cover in covers]):
             counts = np.zeros((len(owned), work.kv_len), np.int16)
-            for rank, op, tile in tiles:
-                if tile.batch[0] <= batch < tile.batch[1] and tile.heads[0] <= head < tile.heads[1]:
-                    _check_rows(schedule, rank, op)
-                    _count(counts, owned + work.q_offset, tile, work.kv_offset)
+            for cover in covers:
+                if cover.batch[0] <= batch < cover.batch[1] and cover.heads[0] <= head < cover.heads[1]:
+                    _count(counts, owned + work.q_offset, cover, work.kv_offset)
             _compare(schedule, counts, owned, batch, head)
+
+
+def _covers(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> Iterator[Tile]:
+    """The tiles over queries of the ranks in `programs`, wherever they are computed, with heads counted from the first of all."""
+    job, checked = schedule.job, set()
+    for rank in range(schedule.world_size):
+        for op in programs.get(rank) or schedule.program(rank, whole=True):
+            if not isinstance(op, Compute) or op.kernel != "attend":
+                continue
+            queries = job.block(op.reads[0].value)
+            if queries.rank not in programs:
+                continue
+            if (key := (op.reads[0].value, op.reads[1].value)) not in checked:
+                checked.add(key)
+                _check_rows(schedule, rank, op)
+            first, _ = job.q_heads(queries)
+            for tile in op.tiles:
+                yield replace(tile, heads=(tile.heads[0] + first, tile.heads[1] + first))
 
 
 def _starts(size: int, ranges: list[tuple[int, int]]) -> list[int]:
@@ -221,10 +258,15 @@ def _starts(size: int, ranges: list[tuple[int, int]]) -> list[int]:
 
 
 def _check_rows(schedule: Schedule, rank: int, op: Compute) -> None:
-    """A tile's local rows hold the tokens that its positions claim."""
+    """A tile's rows hold the tokens that its positions claim, k and v are of the same block, and heads go with heads."""
     job, work = schedule.job, schedule.workload
-    keys_of = int(op.reads[1].value.strip("kv[]"))
-    sides = (("q", job.q_partition.positions(rank), work.q_offset), ("k", job.kv_partition.positions(keys_of), work.kv_offset))
+    queries, keys, values = (job.block(region.value) for region in op.reads[:3])
+    if keys != values or queries.heads != keys.heads:
+        raise _fault(schedule, rank, op, f"puts {op.reads[0].value}, {op.reads[1].value} and {op.reads[2].value} together")
+    sides = (
+        ("q", job.q_partition.positions(queries.rank)[slice(*queries.rows)], work.q_offset),
+        ("k", job.kv_partition.positions(keys.rank)[slice(*keys.rows)], work.kv_offset),
+    )
     for tile in op.tiles:
         for name, positions, offset in sides:
             span = getattr(tile, name)

@@ -1,0 +1,126 @@
+"""The strategies by name: each is a function that builds one rank's program, with whole numbers as its own arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+from .. import calls
+from ..errors import RingsimError, WorkloadError
+from ..units import parse_tokens
+from ..workload import Workload
+from .emitter import Emitter
+from .job import Job
+from .ops import Op
+
+Build = Callable[..., Iterator[Op]]
+TOLD: Final = 3
+"""What every builder is told before its own arguments: job, rank and emitter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """`build(job, rank, emit, *arguments)` yields the ops of a rank; a change to these raises `version`.
+
+    `adapt(workload, *arguments)` is the workload that is really computed, for a strategy that computes another.
+    """
+
+    name: str
+    version: int
+    build: Build
+    adapt: Callable[..., Workload] | None = None
+
+    @property
+    def parameters(self) -> tuple[inspect.Parameter, ...]:
+        """Its own arguments."""
+        return tuple(inspect.signature(self.build).parameters.values())[TOLD:]
+
+    @property
+    def usage(self) -> str:
+        """How it is written, e.g. ``double-ring(inner, stride=1)``."""
+        words = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in self.parameters]
+        return f"{self.name}({', '.join(words)})" if words else self.name
+
+    @property
+    def summary(self) -> str:
+        """The first line of its builder's docstring."""
+        return (inspect.getdoc(self.build) or "").split("\n")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A strategy with its arguments; `text` is the one way to write it."""
+
+    strategy: Strategy
+    arguments: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """Name and arguments, without those at the end that are left at their defaults."""
+        defaults = [p.default for p in self.strategy.parameters]
+        given = list(self.arguments)
+        while given and given[-1] == defaults[len(given) - 1]:
+            given.pop()
+        return f"{self.strategy.name}({', '.join(map(str, given))})" if given else self.strategy.name
+
+    def program(self, job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
+        """The ops of a rank, all its posts waited for."""
+        yield from self.strategy.build(job, rank, emit, *self.arguments)
+        yield from emit.drain()
+
+    def adapt(self, workload: Workload) -> Workload:
+        """The workload that is really computed."""
+        return workload if self.strategy.adapt is None else self.strategy.adapt(workload, *self.arguments)
+
+
+STRATEGIES: Final[dict[str, Strategy]] = {}
+"""Every known strategy by name."""
+
+
+def strategy(name: str, *, version: int, adapt: Callable[..., Workload] | None = None) -> Callable[[Build], Build]:
+    """Make the decorated builder a strategy called `name`, for the library and the command line alike.
+
+    Raises WorkloadError where the name is taken by another builder.
+    """
+
+    def register(build: Build) -> Build:
+        known = STRATEGIES.get(name)
+        if known is not None and (known.build.__module__, known.build.__qualname__) != (build.__module__, build.__qualname__):
+            raise WorkloadError(f"strategy {name!r} is already that of {known.build.__module__}")
+        calls.parse_call(name, "strategy")
+        STRATEGIES[name] = Strategy(name, version, build, adapt)
+        find.cache_clear()
+        return build
+
+    return register
+
+
+@lru_cache(maxsize=256)
+def find(text: str) -> Choice:
+    """The strategy that a text such as ``ring`` or ``double-ring(8)`` names. Raises WorkloadError."""
+    call = calls.parse_call(text, "strategy")
+    known = STRATEGIES.get(call.name)
+    if known is None:
+        names = ", ".join(known.usage for _, known in sorted(STRATEGIES.items()))
+        raise WorkloadError(f"unknown strategy {call.name!r}; known: {names}")
+    try:
+        bound = inspect.Signature(known.parameters).bind(*call.args, **call.named)
+    except TypeError as error:
+        raise WorkloadError(f"strategy {text!r}: {error}; write {known.usage}") from None
+    bound.apply_defaults()
+    return Choice(known, tuple(_whole(text, name, value) for name, value in bound.arguments.items()))
+
+
+def _whole(text: str, name: str, value: Any) -> int:
+    if isinstance(value, int):
+        return value
+    try:
+        count = parse_tokens(value)
+    except RingsimError as error:
+        raise WorkloadError(f"strategy {text!r}: {name}: {error}") from None
+    if count < 1:
+        raise WorkloadError(f"strategy {text!r}: {name} is {count}; it must be 1 or more")
+    return count

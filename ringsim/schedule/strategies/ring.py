@@ -1,0 +1,80 @@
+"""Keys and values travel round one ring, both ways round it, or round several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from ...errors import WorkloadError
+from ..emitter import Emitter
+from ..job import Block, Job
+from ..loops import Lane, backwards, components, disjoint_loops
+from ..ops import Op
+from ..registry import strategy
+from ..rotation import rotate
+
+
+@strategy("ring", version=2)
+def ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
+    """K and V go one hop per step to the next rank; queries stay (Ring Attention, arXiv 2310.01889, algorithm 1).
+
+    Rank r starts with block r and at step s holds block r - s; a block stops where nothing further round needs it, and ranks
+    that need nothing of one another are rings of their own. Bytes sent per rank under a full mask: (P-1)/P of all K and V
+    bytes, ``(P-1) * c * kv_heads * (head_dim + v_head_dim) * itemsize`` for c tokens per rank (section 3).
+    """
+    lanes = job.remember("ring", lambda: (Lane(job, components(job), job.kv_block),))
+    yield from rotate(job, rank, emit, lanes)
+
+
+@strategy("bidirectional", version=1)
+def bidirectional(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
+    """Half of each K and V block goes one way round, half the other: both directions of a full-duplex link at once.
+
+    The first half of a rank's rows goes up the ranks, the other half down. Bytes sent per rank under a full mask are those of
+    `ring`, half of them in each direction: ``(P-1) * c/2 * kv_heads * (head_dim + v_head_dim) * itemsize`` each way (an
+    all-gather on a bidirectional ring: Chan, Heimlich, Purkayastha, van de Geijn, "Collective communication", 2007, section 4).
+    """
+
+    def half(second: int, rank: int) -> Block:
+        whole = job.kv_block(rank)
+        middle = (whole.count + 1) // 2
+        return whole._replace(rows=(middle, whole.count) if second else (0, middle))
+
+    def lanes() -> tuple[Lane, ...]:
+        loops = components(job)
+        up = Lane(job, loops, partial(half, 0))
+        return up, Lane(job, [backwards(loop) for loop in loops], partial(half, 1))
+
+    yield from rotate(job, rank, emit, job.remember("bidirectional", lanes))
+
+
+@strategy("multi-ring", version=1)
+def multi_ring(job: Job, rank: int, emit: Emitter, rings: int) -> Iterator[Op]:
+    """A slice of the heads on each of several edge-disjoint rings: every link of a direct-attached fabric at once.
+
+    `rings` rings over all ranks, at most as many as `loops.disjoint_loops` finds: P - 2 for even P, P - 1 for odd P (all
+    P - 1 exist but for P = 4 and 6: Tillson, "A Hamiltonian decomposition of K*_2m", 1980). The kv_heads are divided as evenly
+    as can be. Bytes sent per rank under a full mask are those of `ring`, about ``1/rings`` of them over each link in use.
+    """
+    lanes = job.remember(("multi-ring", rings), lambda: _head_lanes(job, rings))
+    yield from rotate(job, rank, emit, lanes)
+
+
+def _head_lanes(job: Job, rings: int) -> tuple[Lane, ...]:
+    world, kv_heads = tuple(range(job.world_size)), job.workload.kv_heads
+    ways = disjoint_loops(world)
+    if rings > len(ways):
+        raise WorkloadError(
+            f"strategy 'multi-ring({rings})': of edge-disjoint rings over {job.world_size} rank(s) there are {len(ways)}; "
+            "give at most that many"
+        )
+    if rings > kv_heads:
+        raise WorkloadError(
+            f"strategy 'multi-ring({rings})': each ring carries one or more of the kv_heads, of which there are {kv_heads}"
+        )
+
+    def part(index: int, rank: int) -> Block:
+        whole = job.kv_block(rank)
+        return whole._replace(heads=(kv_heads * index // rings, kv_heads * (index + 1) // rings))
+
+    return tuple(Lane(job, (way,), partial(part, index)) for index, way in enumerate(ways[:rings]))

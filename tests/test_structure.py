@@ -24,7 +24,7 @@ FLOORS = [
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},
     {"schedule", "topologies", "yaml_source"},
     {"lowering", "timeline"},
-    {"balance", "partition", "workload"},
+    {"balance", "partition", "ring_sizes", "workload"},
     {"mask", "segments"},
     {"tile", "dtypes", "units", "calls"},
     {"errors"},

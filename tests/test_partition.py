@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from fractions import Fraction
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from ringsim.balance import GOOD, NEAR, balanced, partitions, work_of
 from ringsim.errors import WorkloadError
-from ringsim.mask import Causal, Full
+from ringsim.mask import Causal, Documents, Full, Window
 from ringsim.partition import Partition, apportion, runs_text
 from ringsim.schedule import Schedule
 from ringsim.workload import Workload
@@ -171,13 +172,15 @@ def test_no_rank_outside_its_world(kind, rank):
             getattr(cut(kind, 10, 3), ask)(rank)
 
 
-MASKS = st.sampled_from([Full(), Causal()])
+MASKS = st.sampled_from(
+    [Full(), Causal(), Documents((7, 1, 30, 20, 11)), Causal() & Documents((60, 5, 5, 5)), Causal() & Window(9, 0)]
+)
 
 
 @REPEATABLE
 @given(MASKS, st.integers(0, 90), st.integers(1, 6), st.integers(1, 9), st.data())
 def test_balanced_deals_every_token_once_and_work_evenly(mask, length, world_size, chunks, data):
-    kv_len = data.draw(st.integers(0, 90))
+    kv_len = data.draw(st.integers(75, 90) if mask.extent else st.integers(0, 90))
     work = Workload(q_len=length, kv_len=kv_len, q_offset=data.draw(st.integers(0, 9)), mask=mask)
     partition = balanced(work, world_size, chunks)
     everything = np.sort(np.concatenate([partition.positions(rank) for rank in range(world_size)]))
@@ -211,6 +214,30 @@ def test_balanced_counts_each_sequence_of_a_batch_by_its_length():
     assert sum(work_of(split, work)) == 512 * 513 // 2 + 2 * (64 * 65 // 2)
     assert max(work_of(split, work)) <= GOOD * sum(work_of(split, work)) / 4
     assert max(work_of(cut("zigzag", 512, 4), work)) > GOOD * sum(work_of(split, work)) / 4
+
+
+def lengths_of(count, total, seed=0):
+    """Documents of lengths that differ by orders of magnitude."""
+    drawn = np.random.default_rng(seed).lognormal(7, 1.2, count)
+    return tuple(np.maximum(1, drawn / drawn.sum() * total).astype(int).tolist())
+
+
+def test_balanced_evens_out_documents_where_nothing_else_does():
+    lengths = lengths_of(1000, 2**20)
+    work = Workload(q_len=sum(lengths), mask=Causal() & Documents(lengths))
+    start = time.perf_counter()
+    queries, _ = partitions("balanced", work, 64)
+    assert time.perf_counter() - start < 2
+    mean = sum(length * (length + 1) // 2 for length in lengths) / 64
+    assert max(work_of(queries, work)) < GOOD * mean
+    assert min(max(work_of(cut(kind, work.q_len, 64), work)) for kind in ("contiguous", "zigzag")) > 4 * mean
+    counts = [queries.count(rank) for rank in range(64)]
+    assert max(counts) - min(counts) <= 32
+
+
+@pytest.mark.parametrize("mask", [Documents((512,) * 8), Causal() & Documents((512,) * 8)])
+def test_documents_of_equal_length_stay_where_they_are(mask):
+    assert partitions("balanced", Workload(q_len=4096, mask=mask), 8)[0].kind == "contiguous"
 
 
 @pytest.mark.parametrize(

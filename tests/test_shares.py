@@ -3,10 +3,14 @@
 import math
 import re
 
+import numpy as np
 import pytest
 
+from ringsim import inputs
 from ringsim.errors import TopologyError, WorkloadError
+from ringsim.execution import execute
 from ringsim.mask import Causal, Full
+from ringsim.reference import dense_attention
 from ringsim.schedule import Schedule
 from ringsim.shares import Shares, compute_s, even_out
 from ringsim.simulation import simulate
@@ -93,6 +97,18 @@ def test_shares_say_what_they_predict():
     assert shares.compute_s == compute_s(with_shares(even, shares), IDEAL)
     assert shares.spread == spread(shares.compute_s)
     assert even_out(with_shares(even, shares), IDEAL) == shares, "whatever weights the schedule had before"
+
+
+@pytest.mark.parametrize(("kind", "mask"), [("contiguous", Full()), ("zigzag", Causal())])
+def test_what_is_executed_is_shared_so_too_and_right(kind, mask):
+    even = schedule(4, kind, mask, length=60)
+    work = Workload(q_len=240, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=mask)
+    cut = Schedule(workload=work, world_size=4, partition=even_out(even, IDEAL, tolerance=0.1).partition)
+    pairs = [sum(tile.pairs() for op in cut.program(rank) for tile in getattr(op, "tiles", ())) for rank in range(4)]
+    assert [3 * pairs[0]] * 3 == pytest.approx(pairs[1:], rel=0.02)
+    arrays = [inputs.rows(work, name, np.arange(240), 1) for name in "qkv"]
+    expected, _ = dense_attention(work, *arrays)
+    assert np.abs(execute(cut, *arrays).out - expected).max() < 1e-12
 
 
 def test_devices_alike_get_equal_shares_at_once():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, overload
 
 from .errors import ComparisonError
 
@@ -59,40 +60,100 @@ class StepTimes:
     exposed_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Alike(Sequence[Event]):
+    """The events of `world_size` ranks, rank after rank, where rank r does what rank r + `ranks` does at the same times.
+
+    Holds those of ranks 0 to ranks - 1, `own`, and makes the others when they are looked at. Equal to a tuple of the same.
+    """
+
+    own: tuple[Event, ...]
+    ranks: int
+    world_size: int
+
+    def of_rank(self, rank: int) -> tuple[Event, ...]:
+        """The events of one rank, in program order."""
+        turns, first = divmod(rank, self.ranks)
+        return tuple(self._turned(event, turns) for event in self.own if event.rank == first)
+
+    def _turned(self, event: Event, turns: int) -> Event:
+        by = turns * self.ranks
+        if not by:
+            return event
+        return replace(event, rank=event.rank + by, peer=(event.peer + by) % self.world_size if event.peer >= 0 else event.peer)
+
+    def __len__(self) -> int:
+        return len(self.own) * (self.world_size // self.ranks)
+
+    def __iter__(self) -> Iterator[Event]:
+        return (self._turned(event, turns) for turns in range(self.world_size // self.ranks) for event in self.own)
+
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Event, ...]: ...
+    def __getitem__(self, index: int | slice) -> Event | tuple[Event, ...]:
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        turns, number = divmod(range(len(self))[index], len(self.own))
+        return self._turned(self.own[number], turns)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Alike | tuple):
+            return NotImplemented
+        if isinstance(other, Alike) and self.ranks == other.ranks:
+            return self.world_size == other.world_size and self.own == other.own
+        return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Every rank's events on one axis. `facts` say where it comes from: topology or host, lowering, libraries."""
+    """Every rank's events on one axis. `facts` say where it comes from: topology or host, lowering, libraries.
+
+    `events` are a tuple, or `Alike` where ranks are: sums and means then take one rank of each kind.
+    """
 
     source: str
     digest: str
     world_size: int
-    events: tuple[Event, ...]
+    events: Sequence[Event]
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def total_s(self) -> float:
         """Seconds from the first rank's start to the last rank's end."""
-        blocking = [event for event in self.events if event.kind not in POSTS]
+        blocking = [event for event in self._own if event.kind not in POSTS]
         if not blocking:
             return 0.0
         return max(event.end_s for event in blocking) - min(event.start_s for event in blocking)
 
+    @property
+    def _own(self) -> Sequence[Event]:
+        """The events, of ranks that are alike only those of the first."""
+        return self.events.own if isinstance(self.events, Alike) else self.events
+
     def of_rank(self, rank: int) -> tuple[Event, ...]:
         """The events of one rank, in program order."""
+        if isinstance(self.events, Alike):
+            return self.events.of_rank(rank)
         return tuple(event for event in self.events if event.rank == rank)
 
     def steps(self) -> tuple[StepTimes, ...]:
         """The timeline by ring step."""
-        cells = self._cells()
-        steps = sorted({step for step, _ in cells})
-        return tuple(_step_times(step, [cell for (s, _), cell in cells.items() if s == step], self.world_size) for step in steps)
+        ranks = self.events.ranks if isinstance(self.events, Alike) else self.world_size
+        of_step: dict[int, list[dict[str, float]]] = defaultdict(list)
+        for (step, _), cell in self._cells().items():
+            of_step[step].append(cell)
+        return tuple(_step_times(step, of_step[step], ranks) for step in sorted(of_step))
 
     def _cells(self) -> dict[tuple[int, int], dict[str, float]]:
         """Sums by (step, rank); a rank's step lasts from the end of its last one to the end of its own last op."""
         cells: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        origin = min((event.start_s for event in self.events if event.kind not in POSTS), default=0.0)
+        origin = min((event.start_s for event in self._own if event.kind not in POSTS), default=0.0)
         clock = dict.fromkeys(range(self.world_size), origin)
-        for event in self.events:
+        for event in self._own:
             if event.kind in POSTS:
                 continue
             cell = cells[event.step, event.rank]
@@ -119,18 +180,22 @@ class Timeline:
         return sum(step.compute_s for step in self.steps())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reverses it."""
+        """Plain values for JSON; `from_dict` reverses it. Of ranks that are alike the events are those of the first `alike`."""
         names = tuple(Event.__dataclass_fields__)
-        rows = [[getattr(event, name) for name in names] for event in self.events]
+        rows = [[getattr(event, name) for name in names] for event in self._own]
         head = {"source": self.source, "digest": self.digest, "world_size": self.world_size, "total_s": self.total_s}
         steps = [asdict(step) for step in self.steps()]
+        if isinstance(self.events, Alike):
+            head["alike"] = self.events.ranks
         return head | {"facts": self.facts, "steps": steps, "event_columns": list(names), "events": rows}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Timeline:
         """A timeline from `to_dict`'s values."""
         names = values["event_columns"]
-        events = tuple(Event(**dict(zip(names, row, strict=True))) for row in values["events"])
+        events: Sequence[Event] = tuple(Event(**dict(zip(names, row, strict=True))) for row in values["events"])
+        if "alike" in values:
+            events = Alike(own=tuple(events), ranks=values["alike"], world_size=values["world_size"])
         kept = {name: values[name] for name in ("source", "digest", "world_size", "facts")}
         return cls(events=events, **kept)
 

@@ -23,7 +23,7 @@ class Job:
 class Cores:
     """Egalitarian processor sharing in virtual time: the service that a job receives is the same for all, so one heap serves."""
 
-    def __init__(self, env: simpy.Environment, capacity: int) -> None:
+    def __init__(self, env: simpy.Environment, capacity: float) -> None:
         self._env = env
         self._capacity = capacity
         self._speed = 1.0

@@ -10,8 +10,9 @@ from typing import Any
 import simpy
 
 from ..schedule import Recv, Send
-from ..topology import Path, Topology
+from ..topology import Path
 from .cores import Cores
+from .ground import Ground
 from .wires import Wires
 
 INFINITE = float("inf")
@@ -56,22 +57,20 @@ class Network:
     `driven`: whether ranks have to look for anything to move.
     """
 
-    def __init__(
-        self, env: simpy.Environment, topology: Topology, devices: Sequence[int], cores: Sequence[Cores], *, free: bool = False
-    ) -> None:
+    def __init__(self, env: simpy.Environment, ground: Ground, cores: Sequence[Cores], *, free: bool = False) -> None:
         self._env = env
-        self._topology = topology
-        self._devices = devices
+        self._ground = ground
+        topology, devices = ground.topology, [ground.device(rank) for rank in range(ground.world_size)]
         # a CPU's own cores copy; beside a GPU the host has cores to spare
         self._copiers = [
-            pool if topology.device(device).kind == "cpu" else Cores(env, len(cores))
-            for device, pool in zip(devices, cores, strict=True)
+            pool if topology.device(device).kind == "cpu" else Cores(env, ground.world_size)
+            for device, pool in zip(devices, cores, strict=False)
         ]
         self._threads: list[deque[Transfer]] = [deque() for _ in cores]
         self.free = free
         kinds = {topology.transport.progress, *(route.progress for route in topology.transport.paths.values())}
         self.driven = not free and bool(kinds & {"handshake", "polling"})
-        self.wires = Wires(env, [resource.capacity for resource in topology.graph.resources], devices, cores)
+        self.wires = Wires(env, ground.capacities(), devices, cores)
         self._halves: dict[tuple[int, int, int], deque[Posted]] = defaultdict(deque)
         self.pending: list[deque[Transfer]] = [deque() for _ in cores]
         self._bells: list[simpy.Event] = [env.event() for _ in cores]
@@ -79,11 +78,11 @@ class Network:
     def post(self, rank: int, op: Send | Recv) -> Posted:
         """Post one half; the message begins as soon as progress allows once the other half is there, or at once if eager."""
         source, target = (rank, op.peer) if isinstance(op, Send) else (op.peer, rank)
-        path = self._topology.path(self._devices[source], self._devices[target])
+        path = self._ground.path(source, target)
         half = Posted(op, rank, self._env.now, self._env.event(), path)
         if isinstance(op, Send) and op.region.nbytes <= path.eager_nbytes:
             self._leave(half)
-        waiting = self._halves[source, target, op.tag]
+        waiting = self._halves[*self._ground.lane(source, target), op.tag]
         if waiting and isinstance(waiting[0].op, Send) != isinstance(op, Send):
             other = waiting.popleft()
             self._match(*((half, other) if isinstance(op, Send) else (other, half)))
@@ -157,8 +156,9 @@ class Network:
         """What a poll of `rank` does: pass on, hand to the hardware, or copy all that waits for it."""
         pending = self.pending[rank]
         while pending:
-            copies = [transfer for transfer in pending if not self._pass_on(transfer)]
-            pending.clear()
+            # where one rank stands for both ends, what it passes on comes back to it
+            waiting = [pending.popleft() for _ in range(len(pending))]
+            copies = [transfer for transfer in waiting if not self._pass_on(transfer)]
             for transfer in copies:
                 yield from self._copy(transfer, rank)
 

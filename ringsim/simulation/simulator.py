@@ -14,51 +14,65 @@ import simpy
 from ..costs import Cost, Costs
 from ..errors import ScheduleError
 from ..schedule import Compute, Recv, Schedule, Send, Wait
-from ..timeline import Event, Timeline
+from ..timeline import Alike, Event, Timeline
 from ..topology import Topology, pattern
-from ..topology.parts import Device
 from ..workload import Workload
+from .alike import folded
 from .cores import Cores
+from .ground import Ground, whole
 from .instant import rest
 from .network import Network, Posted
 
 MOST_BUSY = 4
+MANY = 32
+"""Ranks from which on it pays to look for those that behave alike."""
 Process = Generator[simpy.Event, Any, None]
 
 
-def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False) -> Timeline:
+def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False, fold: bool | None = None) -> Timeline:
     """Predict the timeline of `schedule` on `topology`. Deterministic: equal inputs give equal timelines, to the bit.
 
-    With `free_hops` a hop costs nothing once both sides have posted. Raises TopologyError where a figure is missing and
-    ScheduleError if the ranks deadlock.
+    With `free_hops` a hop costs nothing once both sides have posted. Of ranks that provably behave alike only one of each kind is
+    simulated: with `fold` in a world of any size, without in none, by default from 32 ranks on. The timeline is that of all
+    ranks, but for rounding; its `facts` then say that rank r and rank r + `alike` are. Raises TopologyError where a figure is
+    missing and ScheduleError if the ranks deadlock.
     """
     env = simpy.Environment()
     placed = topology.place(schedule.world_size)
-    of_device = {number: _cores(env, topology.device(number)) for number in dict.fromkeys(placed)}
-    cores = [of_device[number] for number in placed]
-    network = Network(env, topology, placed, cores, free=free_hops)
     costs = _costs(topology, schedule.workload, placed)
-    ranks = [
-        _Rank(env, rank, schedule, costs=costs[rank], cores=cores[rank], network=network) for rank in range(schedule.world_size)
-    ]
+    look = schedule.world_size >= MANY if fold is None else fold
+    ground = (folded(schedule, topology, placed, costs) if look else None) or whole(topology, placed)
+    of_device = {number: Cores(env, ground.cores(number)) for number in dict.fromkeys(map(ground.device, range(ground.ranks)))}
+    cores = [of_device[ground.device(rank)] for rank in range(ground.ranks)]
+    network = Network(env, ground, cores, free=free_hops)
+    ranks = [_Rank(env, rank, schedule, costs=costs[rank], cores=cores[rank], network=network) for rank in range(ground.ranks)]
     processes = [env.process(rank.walk()) for rank in ranks]
     with _no_garbage():
         env.run()
-    stuck = [rank for rank, process in enumerate(processes) if process.is_alive]
+    stuck = [rank for rank in range(ground.world_size) if processes[rank % ground.ranks].is_alive]
     if stuck:
         raise ScheduleError(f"deadlock: rank(s) {stuck} wait for ever in schedule {schedule.digest[:12]}")
     events = tuple(event for rank in ranks for event in rank.events)
-    facts = {
+    made = _timeline(schedule, ground, events, free_hops=free_hops)
+    made.facts["busiest"] = _busiest(topology, ground.carried(network.wires.carried), made.total_s)
+    return made
+
+
+def _timeline(schedule: Schedule, ground: Ground, events: tuple[Event, ...], *, free_hops: bool) -> Timeline:
+    topology, vertices = ground.topology, ground.topology.graph.vertices
+    facts: dict[str, Any] = {
         "topology": topology.name,
         "topology_source": topology.source,
         "transport": topology.transport_name,
-        "devices": dict(Counter(topology.graph.vertices[number].device for number in of_device)),
-        "place": [topology.graph.vertices[number].name for number in placed],
+        "devices": dict(Counter(vertices[number].device for number in dict.fromkeys(ground.placed))),
+        "place": [vertices[number].name for number in ground.placed],
         "free_hops": free_hops,
     }
-    made = Timeline(source="predicted", digest=schedule.digest, world_size=schedule.world_size, events=events, facts=facts)
-    facts["busiest"] = _busiest(topology, network.wires.carried, made.total_s)
-    return made
+    every: Sequence[Event] = events
+    if ground.ranks < ground.world_size:
+        facts["alike"] = ground.ranks
+        every = Alike(own=events, ranks=ground.ranks, world_size=ground.world_size)
+    return Timeline(source="predicted", digest=schedule.digest, world_size=schedule.world_size, events=every, facts=facts)
 
 
 def exposed_communication_s(schedule: Schedule, topology: Topology) -> float:
@@ -86,10 +100,6 @@ def _no_garbage() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _cores(env: simpy.Environment, device: Device) -> Cores:
-    return Cores(env, device.cores or 1)
 
 
 def _costs(topology: Topology, workload: Workload, placed: Sequence[int]) -> list[Costs]:

@@ -29,7 +29,10 @@ class Load:
 
 
 class Wires:
-    """Carries messages between ranks; `devices` and `cores` are those of each rank. `carried` counts bytes by resource."""
+    """Carries messages from simulated ranks; `devices` are those of all ranks, `cores` those of the simulated ones.
+
+    `carried` counts bytes by resource.
+    """
 
     def __init__(
         self, env: simpy.Environment, capacities: Sequence[float], devices: Sequence[int], cores: Sequence[Cores]
@@ -37,7 +40,7 @@ class Wires:
         self._env = env
         self._flows = Flows(env, capacities)
         self._devices = devices
-        self._cores: Mapping[int, Cores] = dict(zip(devices, cores, strict=True))
+        self._cores: Mapping[int, Cores] = dict(zip(devices, cores, strict=False))
         self._lanes: dict[tuple[int, int], deque[Load]] = defaultdict(deque)
         self._shares: dict[int, Counter[float]] = defaultdict(Counter)
         self._computing: Counter[int] = Counter()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .errors import RingsimError
     from .execution import execute
     from .footprint import Footprint, weigh
-    from .mask import Causal, Full
+    from .mask import BlockSparse, Causal, Documents, First, Full, PrefixLM, Window, mask_named
     from .partition import Partition
     from .schedule import Schedule
     from .simulation import exposed_communication_s, simulate
@@ -39,8 +39,14 @@ _HOME = {
     "execute": "execution",
     "Footprint": "footprint",
     "weigh": "footprint",
+    "BlockSparse": "mask",
     "Causal": "mask",
+    "Documents": "mask",
+    "First": "mask",
     "Full": "mask",
+    "PrefixLM": "mask",
+    "Window": "mask",
+    "mask_named": "mask",
     "Partition": "partition",
     "Schedule": "schedule",
     "exposed_communication_s": "simulation",
@@ -52,23 +58,29 @@ _HOME = {
 }
 
 __all__ = [
+    "BlockSparse",
     "Breakeven",
     "Causal",
     "Comparison",
+    "Documents",
+    "First",
     "Footprint",
     "Full",
     "Partition",
+    "PrefixLM",
     "RingAttention",
     "RingsimError",
     "Schedule",
     "Timeline",
     "Topology",
+    "Window",
     "Workload",
     "compare",
     "execute",
     "exposed_communication_s",
     "find_breakeven",
     "load_topology",
+    "mask_named",
     "ring_attention",
     "shard",
     "simulate",

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from .arrays import Array, as_any_array, as_array
+from .arrays import Array, as_any_array, as_operands
 from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
-from .mask import mask_named
+from .mask import Causal, Documents, Full, Mask, both, mask_named
 from .partition import Partition
 from .schedule import Schedule
 from .transport import Transport
 from .workload import DERIVED, Workload, check_scale
 
+LONGEST: Final = 60
+"""Characters of a setting in a message."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the caller of `ring_attention` chose; all ranks must choose alike."""
+    """What the caller of `ring_attention` chose, besides the mask; all ranks must choose alike."""
 
-    causal: bool
     partition: str
     softmax_scale: float | None
     strategy: str
@@ -28,21 +30,46 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Visibility:
+    """The ways to say who sees whom; a query sees what all of them let it see."""
+
+    causal: bool
+    mask: Mask | str | None
+    cu_seqlens: Any
+
+    def compose(self) -> tuple[Mask, int | None]:
+        """The mask of all, and how many tokens cu_seqlens count. Raises WorkloadError, ArrayError."""
+        masks: list[Mask] = [Causal()] if self.causal else []
+        if self.mask is not None:
+            masks.append(mask_named(self.mask) if isinstance(self.mask, str) else self.mask)
+        tokens = None
+        if self.cu_seqlens is not None:
+            plain = isinstance(self.cu_seqlens, list | tuple)
+            bounds = self.cu_seqlens if plain else as_any_array("cu_seqlens", self.cu_seqlens)
+            documents = Documents.from_cu_seqlens(bounds)
+            masks.append(documents)
+            tokens = documents.extent
+        return masks[0] if len(masks) == 1 else both(*masks), tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shards:
-    """The local shapes and dtypes of q, k and v, and the options."""
+    """The local shapes and dtypes of q, k and v, the name of the mask, and the options."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
+    packed: bool
+    mask: str
     options: Options
 
     def fixed(self) -> dict[str, Any]:
         """What must be the same on every rank: all but the number of rows."""
         names = ("q", "k", "v")
         parts = {
-            name: f"{dtype}({s[0]}, ..., {', '.join(map(str, s[2:]))})"
+            name: f"{dtype}({'' if self.packed else f'{s[0]}, '}..., {', '.join(map(str, s[2:]))})"
             for name, dtype, s in zip(names, self.dtypes, self.shapes, strict=True)
         }
-        return parts | {name: getattr(self.options, name) for name in Options.__dataclass_fields__}
+        return parts | {"mask": self.mask} | {name: getattr(self.options, name) for name in Options.__dataclass_fields__}
 
 
 def raise_common(transport: Transport, complaint: str | None) -> None:
@@ -85,14 +112,18 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return values | {f"workload {name}": value for name, value in workload.items()}
 
 
-def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options: Options) -> Workload:
+def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options: Options, visibility: Visibility) -> Workload:
     """The global workload of every rank's shards; collective. Raises RankMismatch on every rank if they do not fit together."""
     mine, fault = None, None
+    mask: Mask = Full()
+    tokens: int | None = None
     try:
-        found = [as_array(name, value) for name, value in zip("qkv", arrays, strict=True)]
+        found, packed = as_operands(*arrays)
+        mask, tokens = visibility.compose()
         if options.softmax_scale is not None:
             check_scale(options.softmax_scale, found[0].dtype.name)
-        mine = Shards(shapes=tuple(a.shape for a in found), dtypes=tuple(a.dtype.name for a in found), options=options)
+        shapes, dtypes = tuple(a.shape for a in found), tuple(a.dtype.name for a in found)
+        mine = Shards(shapes=shapes, dtypes=dtypes, packed=packed, mask=mask.name, options=options)
     except (ArrayError, WorkloadError) as error:
         fault = str(error)
     said = transport.allgather((mine, fault))
@@ -104,6 +135,9 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
     q_len, kv_len, _ = (
         _length(name, [shard.shapes[i][1] for shard in shards], options.partition) for i, name in enumerate("qkv")
     )
+    if tokens is not None and not tokens == q_len == kv_len:
+        held = f"{q_len} tokens" if q_len == kv_len else f"{q_len} queries and {kv_len} keys"
+        raise WorkloadError(f"cu_seqlens end at {tokens}, the ranks hold {held} in all; the last must be their number")
     q, k, v = shards[0].shapes
     return Workload(
         q_len=q_len,
@@ -114,7 +148,7 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
         head_dim=q[3],
         v_head_dim=v[3],
         dtype=shards[0].dtypes[0],
-        mask=mask_named("causal" if options.causal else "full"),
+        mask=mask,
         softmax_scale=DERIVED if options.softmax_scale is None else options.softmax_scale,
     )
 
@@ -125,7 +159,21 @@ def _difference(found: dict[str, Any], all_found: list[dict[str, Any]]) -> str |
     rank = all_found.index(usual)
     names = dict.fromkeys([*usual, *found])
     differing = [name for name in names if found.get(name) != usual.get(name)]
-    return ", ".join(f"{name} is {found.get(name)} where rank {rank} has {usual.get(name)}" for name in differing) or None
+    said = []
+    for name in differing:
+        mine, theirs = str(found.get(name)), str(usual.get(name))
+        said.append(f"{name} is {_excerpt(mine, theirs)} where rank {rank} has {_excerpt(theirs, mine)}")
+    return ", ".join(said) or None
+
+
+def _excerpt(text: str, other: str) -> str:
+    """`text`, or of a long one the part where it begins to differ from `other`."""
+    if len(text) <= LONGEST:
+        return text
+    differs = next((at for at, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    begin = min(max(0, differs - LONGEST // 3), len(text) - LONGEST)
+    end = begin + LONGEST
+    return f"{'...' if begin else ''}{text[begin:end]}{'...' if end < len(text) else ''}"
 
 
 def _check_shapes(shard: Shards) -> None:

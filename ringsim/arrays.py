@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,18 +12,32 @@ from .dtypes import ATTENTION
 from .errors import ArrayError
 
 Array = npt.NDArray[Any]
+SHAPES: Final = "(batch, seq, heads, head_dim), or (tokens, heads, head_dim) for one sequence"
 
 
 def as_array(name: str, value: Any) -> Array:
-    """`value` as a 4-D NumPy array that shares its memory. Raises ArrayError naming the argument."""
+    """`value` as a NumPy array of 3 or 4 dimensions that shares its memory. Raises ArrayError naming the argument."""
     array = _view(name, value)
-    if array.ndim != 4:
-        raise ArrayError(f"{name} has {array.ndim} dimensions {array.shape}; expected (batch, seq, heads, head_dim)")
+    if array.ndim not in (3, 4):
+        raise ArrayError(f"{name} has {array.ndim} dimensions {array.shape}; expected {SHAPES}")
     if not array.dtype.isnative:
         raise ArrayError(f"{name} has dtype {array.dtype.str}, not in this machine's byte order")
     if array.dtype.name not in ATTENTION:
         raise ArrayError(f"{name} has dtype {array.dtype.name}; allowed: {', '.join(ATTENTION)}")
     return array
+
+
+def as_operands(q: Any, k: Any, v: Any) -> tuple[list[Array], bool]:
+    """q, k and v as 4-D arrays that share their memory, and whether they came packed: 3-D, without the axis of sequences.
+
+    Raises ArrayError.
+    """
+    arrays = [as_array(name, value) for name, value in (("q", q), ("k", k), ("v", v))]
+    if len({array.ndim for array in arrays}) > 1:
+        found = ", ".join(f"{name} has {array.ndim} dimensions" for name, array in zip("qkv", arrays, strict=True))
+        raise ArrayError(f"{found}; all must be {SHAPES}")
+    packed = arrays[0].ndim == 3
+    return [array[None] for array in arrays] if packed else arrays, packed
 
 
 def as_any_array(name: str, value: Any) -> Array:

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from . import agreement
-from .arrays import as_array, writable
+from .arrays import as_operands, writable
 from .dtypes import accumulator, numpy_dtype
 from .errors import ArrayError, RankMismatch, RingsimError, TransportError, WorkloadError
 from .execution import Rank, clock
 from .footprint import Footprint, weigh
+from .mask import Mask
 from .partition import Partition
 from .schedule import Schedule
 from .timeline import Timeline, gather
@@ -83,34 +84,37 @@ class RingAttention:
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Array:
         """Attention of the local shards; returns this rank's rows of the output (or fills and returns `out`).
 
-        Shapes as in `shapes`, dtype that of the workload; anything with ``__dlpack__`` or the buffer protocol. Raises
-        RankMismatch on every rank if a shard does not fit on one, PeerTimeout if a peer does not come.
+        Shapes as in `shapes`, or, if the workload has one sequence, without the first axis, as is then what is returned; dtype
+        that of the workload; anything with ``__dlpack__`` or the buffer protocol. Raises RankMismatch on every rank if a
+        shard does not fit on one, PeerTimeout if a peer does not come.
         """
         return self.with_lse(q, k, v, out=out)[0]
 
     def with_lse(self, q: Any, k: Any, v: Any, *, out: Any = None) -> tuple[Array, Array]:
         """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials."""
-        complaint, arrays = self._prepare(q, k, v, out)
+        complaint, arrays, packed = self._prepare(q, k, v, out)
         if self._check:
             agreement.raise_common(self._transport, complaint)
         elif complaint is not None:
             raise ArrayError(f"rank {self._transport.rank}: {complaint}")
-        result = arrays[3]
-        lse = self._rank.run(*arrays)
-        return result, lse
+        q, k, v, result = arrays
+        lse = self._rank.run(q, k, v, result[None] if packed else result)
+        return result, lse[0] if packed else lse
 
-    def _prepare(self, q: Any, k: Any, v: Any, out: Any) -> tuple[str | None, list[Array]]:
+    def _prepare(self, q: Any, k: Any, v: Any, out: Any) -> tuple[str | None, list[Array], bool]:
+        """What is wrong, if anything; q, k and v with all axes and out as the caller sees it; whether these lack the first."""
         dtype = numpy_dtype(self.schedule.workload.dtype)
         shape = self.shapes["out"]
         try:
-            arrays = [as_array(name, value) for name, value in (("q", q), ("k", k), ("v", v))]
+            arrays, packed = as_operands(q, k, v)
+            shape = shape[1:] if packed else shape
             arrays.append(np.empty(shape, dtype) if out is None else writable("out", out, shape, dtype))
             for name, array in zip(("k", "v"), arrays[1:3], strict=True):
                 if np.may_share_memory(array, arrays[3]):
                     raise ArrayError(f"out shares memory with {name}, which may still be on its way when out is written")
         except ArrayError as error:
-            return str(error), []
-        return self._rank.complaint(*arrays[:3]), arrays
+            return str(error), [], False
+        return self._rank.complaint(*arrays[:3]), arrays, packed
 
     def timeline(self) -> Timeline:
         """The last call's timeline over all ranks, on every rank; collective. Raises WorkloadError before the first call."""
@@ -139,6 +143,8 @@ def ring_attention(
     *,
     comm: Any = None,
     causal: bool = False,
+    mask: Mask | str | None = None,
+    cu_seqlens: Any = None,
     partition: str = "contiguous",
     softmax_scale: float | None = None,
     strategy: str = "ring",
@@ -151,17 +157,21 @@ def ring_attention(
     """Exact attention over a sequence that is split over the ranks of `comm`: local shards in, local shard out.
 
     q is (batch, local seq, heads, head_dim), k and v (batch, local seq, kv_heads, head_dim or v_head_dim); each rank holds
-    the tokens that ``Partition(kind=partition, ...)`` gives it (see `shard`). Collective. Returns this rank's rows of the
-    output, and with `return_lse` also lse (batch, heads, local seq). For repeated calls make a `RingAttention` plan.
+    the tokens that ``Partition(kind=partition, ...)`` gives it (see `shard`). A query sees the keys that all of `causal`,
+    `mask` (a mask of ringsim, or its text, such as ``"window(4K, 0)"``) and `cu_seqlens` let it see; these are the cumulative
+    lengths of documents packed into one sequence, over the tokens of all ranks: 0, ..., their number. Collective. Returns this
+    rank's rows of the output, and with `return_lse` also lse (batch, heads, local seq); for 3-D q, k and v (local tokens,
+    heads, head_dim), all without the batch. For repeated calls make a `RingAttention` plan.
     Raises RankMismatch on every rank, before the first hop, if shapes, dtypes or options do not fit together.
     Source: Ring Attention, arXiv 2310.01889; merge by log-sum-exp, FlashAttention-2, arXiv 2307.08691.
     """
     transport = transport_of(comm, timeout_s)
     with _closing(transport, comm):
         options = agreement.Options(
-            causal=causal, partition=partition, softmax_scale=softmax_scale, strategy=strategy, sync=sync, return_lse=return_lse
+            partition=partition, softmax_scale=softmax_scale, strategy=strategy, sync=sync, return_lse=return_lse
         )
-        workload = agreement.common_workload(transport, (q, k, v), options)
+        visibility = agreement.Visibility(causal=causal, mask=mask, cu_seqlens=cu_seqlens)
+        workload = agreement.common_workload(transport, (q, k, v), options, visibility)
         plan = RingAttention(
             workload, comm=transport, partition=partition, strategy=strategy, sync=sync, threads=threads, timeout_s=timeout_s
         )

@@ -13,7 +13,8 @@ from .workload import Workload
 Array = npt.NDArray[Any]
 
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE, PAIRS_AT_ONCE = 1024, 2**24
+"""Of queries, and of their scores: 128 MiB in float64, and as much again for each of a few temporaries."""
 
 
 def dense_attention(workload: Workload, q: Array, k: Array, v: Array, *, dtype: str = "float64") -> tuple[Array, Array]:
@@ -32,8 +33,9 @@ def dense_rows(
     out = np.zeros((workload.batch, len(rows), workload.heads, workload.v_head_dim), dtype)
     lse = np.full((workload.batch, workload.heads, len(rows)), -np.inf, dtype)
     for (first, end), queries, keys in workload.sequences():
-        for begin in range(0, len(rows), ROWS_AT_ONCE):
-            some = np.arange(begin, min(begin + ROWS_AT_ONCE, len(rows)))
+        at_once = max(1, min(ROWS_AT_ONCE, PAIRS_AT_ONCE // max(keys, 1)))
+        for begin in range(0, len(rows), at_once):
+            some = np.arange(begin, min(begin + at_once, len(rows)))
             some = some[rows[some] < queries]
             seen = workload.mask.visible(workload.q_offset + rows[some], workload.kv_offset + np.arange(keys))
             for batch in range(first, end):

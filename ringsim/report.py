@@ -10,6 +10,7 @@ from rich.text import Text
 
 from .breakeven import Breakeven
 from .comparison import QUANTITIES, Comparison, Measured
+from .mask import shortened
 from .schedule import Schedule, Send
 from .timeline import Timeline
 from .units import format_rate, format_size, format_time

@@ -29,6 +29,7 @@ class WorkloadFile(pydantic.BaseModel):
     v_head_dim: int | None = None
     dtype: str | None = None
     causal: bool | None = None
+    mask: str | None = None
     softmax_scale: float | None = None
     partition: str | None = None
     strategy: str | None = None

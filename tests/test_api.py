@@ -180,7 +180,7 @@ def differing(change):
             lambda a, o: ([a[0][:, :, :2], *a[1:]], o),
             r"rank 1: q is float32\(2, ..., 2, 8\) where rank 0 has float32\(2, ..., 4, 8\)",
         ),
-        (lambda a, o: (a, {"causal": True}), "rank 1: causal is True where rank 0 has False"),
+        (lambda a, o: (a, {"causal": True}), "rank 1: mask is causal where rank 0 has full"),
         (lambda a, o: ([a[0][:, :2], *a[1:]], o), r"rows of q are no contiguous partition of 8 tokens"),
         (lambda a, o: ([a[0][0], *a[1:]], o), r"rank 1: q has 3 dimensions"),
         (lambda a, o: ([a[0].astype("int32"), *a[1:]], o), "rank 1: q has dtype int32"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import click
@@ -25,7 +26,7 @@ COMMAND = re.compile(
 
 
 def commands():
-    return [(page.name, found.split()) for page in PAGES for found in COMMAND.findall(page.read_text())]
+    return [(page.name, shlex.split(found)) for page in PAGES for found in COMMAND.findall(page.read_text())]
 
 
 def test_commands_are_found():

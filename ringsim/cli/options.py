@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from .. import topology, units, workload_file
 from ..dtypes import ALIASES, ATTENTION
 from ..errors import RingsimError, WorkloadError
-from ..mask import mask_named
+from ..mask import both, mask_named
 from ..partition import KINDS
 from ..schedule import STRATEGIES, Schedule
 from ..schedule.schedule import SYNCS
@@ -55,7 +55,12 @@ SHAPE = (
         "--dtype", type=click.Choice([*ATTENTION, *ALIASES]), default="float32", show_default=True, help="Of q, k and v."
     ),
 )
-MASK = click.option("--causal/--full", default=False, help="Mask. [default: full]")
+MASK = (
+    click.option("--causal/--full", default=False, help="Mask. [default: full]"),
+    click.option(
+        "--mask", metavar="TEXT", help="A mask besides, such as 'window(4K)' or 'documents(1K, 3x512)'; see docs/masks.md."
+    ),
+)
 PARTITION = click.option(
     "--partition", type=click.Choice(KINDS), default="contiguous", show_default=True, help="Which tokens a rank holds."
 )
@@ -67,7 +72,7 @@ WORKLOAD = (
     click.option("--kv-seq", type=TOKENS, help="Keys, if not as many as queries."),
     click.option("--q-offset", type=int, help="Position of the first query among the keys (cached context). [default: 0]"),
     *SHAPE,
-    MASK,
+    *MASK,
     click.option("--softmax-scale", type=float, help="Factor of the scores. [default: head_dim ** -0.5]"),
     PARTITION,
     click.option("--strategy", type=click.Choice(list(STRATEGIES)), default="ring", show_default=True, help="What travels."),
@@ -143,7 +148,8 @@ class Plan:
 def shape(values: dict[str, Any]) -> dict[str, Any]:
     """What SHAPE and MASK say of a workload."""
     known = {name: values[name] for name in ("batch", "heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
-    return known | {"mask": mask_named("causal" if values["causal"] else "full")}
+    masks = [mask_named(text) for text in ("causal" if values["causal"] else "full", values["mask"]) if text is not None]
+    return known | {"mask": both(*masks)}
 
 
 def plan(ctx: click.Context) -> Plan:

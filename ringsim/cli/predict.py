@@ -93,7 +93,7 @@ def memory(
 @click.argument("names", metavar="MACHINE...", nargs=-1, required=True)
 @RANKS
 @click.option("--multiple", type=TOKENS, default=1, show_default=True, help="Blocks are multiples of this many tokens.")
-@with_options(MACHINE, SHAPE, (MASK, PARTITION), OUTPUT[:1])
+@with_options(MACHINE, SHAPE, (*MASK, PARTITION), OUTPUT[:1])
 @click.pass_context
 def breakeven(
     ctx: click.Context,

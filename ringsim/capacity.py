@@ -11,6 +11,7 @@ from .costs import Costs
 from .errors import TopologyError
 from .footprint import FeedForward, Footprint, weigh
 from .lowering import Blocking
+from .partition import KINDS
 from .schedule import Schedule
 from .topology import Topology
 from .units import format_size
@@ -99,7 +100,7 @@ def demands(
 def _needs(schedule: Schedule, blocking: Blocking | None, feed_forward: FeedForward | None) -> Callable[[int], Footprint]:
     """The footprint of a rank, or the largest of a sample."""
     world_size, work = schedule.world_size, schedule.workload
-    if world_size > SMALL_WORLD:
+    if world_size > SMALL_WORLD and schedule.partition in KINDS:
         runs = 2 * world_size
         q_len, kv_len = (-(-length // runs) * runs for length in (work.q_len, work.kv_len))
         schedule = replace(schedule, workload=replace(work, q_len=q_len, kv_len=kv_len))

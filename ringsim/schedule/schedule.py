@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from .. import balance
 from ..errors import WorkloadError
-from ..partition import Partition
 from ..workload import Workload
 from .emitter import MAX_MESSAGE_NBYTES, Emitter
 from .job import Job
@@ -28,7 +28,8 @@ class Schedule:
     """Who computes, sends and waits when `strategy` runs `workload` on `world_size` ranks.
 
     `strategy` is a name with its arguments, such as ``ring`` or ``double-ring(8)``; one that computes another function than
-    the workload asks for (``local-window(4K)``) puts it into the schedule's `workload`.
+    the workload asks for (``local-window(4K)``) puts it into the schedule's `workload`. `partition` is a kind of
+    `ringsim.Partition`, or ``balanced(m)``, see `ringsim.balance`.
     `sync` is ``free`` or ``step`` (a barrier between rounds). Messages above `max_message_nbytes` travel in chunks.
     `given` holds programs that were read from text; without it `program` builds them. Raises WorkloadError.
     """
@@ -46,7 +47,8 @@ class Schedule:
         object.__setattr__(self, "strategy", choice.text)
         object.__setattr__(self, "workload", choice.adapt(self.workload))
         self._check()
-        self.job.q_partition.count(0)
+        if not self.partition.startswith("balanced"):
+            object.__setattr__(self, "partition", self.job.q_partition.kind)
         next(self.program(0), None)
 
     def _check(self) -> None:
@@ -136,9 +138,7 @@ def regions(op: Op) -> tuple[Region, ...]:
 @lru_cache(maxsize=8)
 def _job(workload: Workload, partition: str, world_size: int, sync: str) -> Job:
     """One for all programs of a schedule: it remembers tiles."""
-    q_partition, kv_partition = (
-        Partition(kind=partition, length=length, world_size=world_size) for length in (workload.q_len, workload.kv_len)
-    )
+    q_partition, kv_partition = balance.partitions(partition, workload, world_size)
     return Job(workload=workload, q_partition=q_partition, kv_partition=kv_partition, sync=sync)
 
 

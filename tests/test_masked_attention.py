@@ -251,6 +251,14 @@ def test_masks_on_the_command_line(arguments, said):
     assert said in " ".join(found.output.split())
 
 
+def test_a_masked_run_is_checked():
+    found = CliRunner().invoke(
+        cli, ["run", "--seq", "64", "--repeats", "1", "--check", "--mask", "causal & documents(16, 3x8, 20)"]
+    )
+    assert found.exit_code == 0, found.output
+    assert "check: right" in found.output
+
+
 @pytest.mark.parametrize(
     ("mask", "said"),
     [

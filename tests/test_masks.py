@@ -193,7 +193,7 @@ def test_names(mask, name):
         ("causal(3)", r"'causal\(3\)' is not of the form causal"),
         ("first()", r"'first\(\)' is not of the form first\(count"),
         ("documents(3y5)", "'3y5' is no count of tokens"),
-        ("documents(1Gx1)", "more than 16777216 documents"),
+        ("documents(1Gx1)", "more than 1048576 documents"),
         ("documents(2048x1G)", "documents hold 2199023255552 tokens; at most"),
         ("prefix(9999999999999999)", "prefix is 9999999999999999; it must be a whole number from 0 to"),
         ("blocks(4, 4, 2x2, !)", "cannot read|the packed map"),

@@ -27,7 +27,7 @@ KNOWN: Final = (
 """What a mask is made of, joined by & | ~ and parentheses."""
 
 DEEPEST: Final = 100
-MOST_DOCUMENTS: Final = 2**24
+MOST_DOCUMENTS: Final = 2**20
 _WORD: Final = re.compile(r"\s*([a-z][a-z0-9-]*(?:\s*\([^()&|~]*\))?|[&|~()])")
 
 

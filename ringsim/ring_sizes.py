@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, inf
 from typing import Any, Final
 
 from .errors import RankMismatch, WorkloadError
@@ -18,24 +18,30 @@ SLACK: Final = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ring:
-    """`size` ranks from `first` on, and the documents, by index, that they share."""
+    """`size` ranks from `first` on. `documents`, by index, are split over all of them; those of ``alone[i]`` are whole on rank
+    ``first + i`` (none in a ring of one: all are its `documents`).
+    """
 
     first: int
     size: int
     documents: tuple[int, ...]
+    alone: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """A rank's place: its ring, and the communicator of that ring's ranks in their order (the caller frees it)."""
+    """A rank's place: its ring, the documents that it has to itself, and a communicator of the ring's ranks, which the caller
+    frees.
+    """
 
     comm: Any
     ring: Ring
+    alone: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RingSizes:
-    """A plan: rings that share no rank and use every one, each document on one of them.
+    """A plan: rings that share no rank and use every one; each document on one of them, or whole on one rank of it.
 
     A document is split over its ring's ranks by `kind` (zigzag if causal, else contiguous).
     """
@@ -52,19 +58,16 @@ class RingSizes:
     @cached_property
     def partition(self) -> str:
         """``runs(...)`` of the documents one after another: for one packed run under ``Causal() & Documents(lengths)``."""
-        ring_of = {document: ring for ring in self.rings for document in ring.documents}
-        runs: list[tuple[int, int]] = []
-        for document in range(len(self.lengths)):
-            runs += self._runs(document, ring_of[document])
-        return runs_text(runs)
+        places = {document: (first, size) for document, first, size in self._places()}
+        return runs_text(run for document in range(len(self.lengths)) for run in self._runs(document, *places[document]))
 
     @cached_property
     def work(self) -> tuple[int, ...]:
         """Visible (query, key) pairs of each rank."""
         work = [0] * self.world_size
-        for ring, document in self._places():
+        for document, first, size in self._places():
             begin = 0
-            for owner, count in self._runs(document, ring):
+            for owner, count in self._runs(document, first, size):
                 work[owner] += _pairs(begin + count, begin, self.lengths[document], self.causal)
                 begin += count
         return tuple(work)
@@ -73,15 +76,15 @@ class RingSizes:
     def tokens(self) -> tuple[int, ...]:
         """Tokens of each rank."""
         tokens = [0] * self.world_size
-        for ring, document in self._places():
-            for owner, count in self._runs(document, ring):
+        for document, first, size in self._places():
+            for owner, count in self._runs(document, first, size):
                 tokens[owner] += count
         return tuple(tokens)
 
     @property
     def moved_tokens(self) -> int:
         """Tokens whose keys and values move one hop, over all documents: (size - 1) for each token."""
-        return sum((ring.size - 1) * self.lengths[document] for ring, document in self._places())
+        return sum((size - 1) * self.lengths[document] for document, _, size in self._places())
 
     def split(self, comm: Any) -> Seat:
         """This rank's ring as a communicator, by ``comm.Split`` of an mpi4py communicator; collective. Raises RankMismatch."""
@@ -89,14 +92,19 @@ class RingSizes:
             raise RankMismatch(f"the rings are for {self.world_size} ranks, the communicator has {comm.Get_size()}")
         rank = comm.Get_rank()
         ring = next(ring for ring in self.rings if ring.first <= rank < ring.first + ring.size)
-        return Seat(comm=comm.Split(ring.first, rank), ring=ring)
+        alone = ring.alone[rank - ring.first] if ring.alone else ()
+        return Seat(comm=comm.Split(ring.first, rank), ring=ring, alone=alone)
 
-    def _places(self) -> Iterator[tuple[Ring, int]]:
-        return ((ring, document) for ring in self.rings for document in ring.documents)
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """(document, first rank, ranks that share it)."""
+        for ring in self.rings:
+            yield from ((document, ring.first, ring.size) for document in ring.documents)
+            for place, documents in enumerate(ring.alone):
+                yield from ((document, ring.first + place, 1) for document in documents)
 
-    def _runs(self, document: int, ring: Ring) -> tuple[tuple[int, int], ...]:
+    def _runs(self, document: int, first: int, size: int) -> tuple[tuple[int, int], ...]:
         """(rank, tokens) in the order of the document."""
-        return tuple((ring.first + owner, count) for owner, count in _cut(self.lengths[document], ring.size, self.causal))
+        return tuple((first + owner, count) for owner, count in _cut(self.lengths[document], size, self.causal))
 
 
 @lru_cache(maxsize=65536)
@@ -113,15 +121,15 @@ def size_rings(
     """Rings for documents of these lengths in tokens, so that all ranks have about as much work and few tokens move.
 
     Work is visible pairs. For each of some targets (TARGETS times the mean work of a rank), a document gets work / target ranks,
-    rounded up, the heaviest first, and the rest go to the ring that is then least laden. Of these plans, and one ring of all
-    ranks, the one that moves fewest tokens among those whose largest work is within ``1 + slack`` of the least. `most_tokens`
-    bounds the tokens of a rank. Raises WorkloadError. The problem is that of FlexSP (arXiv 2412.01523) and ByteScale (arXiv
-    2502.21231), solved here without a model of the machine: simulate the result.
+    rounded up, the heaviest first; one that needs a single rank goes to the least laden, or, beyond the target, to a ring. Of
+    these plans, and one ring of all ranks, it is the one that moves fewest tokens among those whose largest work is within
+    ``1 + slack`` of the least. `most_tokens` bounds the tokens of a rank. Raises WorkloadError. The problem is that of FlexSP
+    (arXiv 2412.01523) and ByteScale (arXiv 2502.21231), solved here without a model of the machine: simulate the result.
     """
     _check(lengths, world_size, most_tokens)
     total = sum(_pairs(length, 0, length, causal) for length in lengths)
     targets = [factor * total / world_size for factor in TARGETS]
-    drafts = [_draft(lengths, world_size, causal, most_tokens, target) for target in (*targets, 0.0)]
+    drafts = [_Draft(lengths, world_size, causal, most_tokens, target).fill() for target in (*targets, 0.0)]
     made = [
         RingSizes(lengths=tuple(lengths), world_size=world_size, causal=causal, rings=rings)
         for rings in drafts
@@ -152,58 +160,69 @@ def _pairs(end: int, begin: int, length: int, causal: bool) -> int:
     return (end * (end + 1) - begin * (begin + 1)) // 2 if causal else (end - begin) * length
 
 
-@dataclass(slots=True)
 class _Draft:
-    """A ring being filled."""
+    """Rings being made for a target of work per rank (0: one ring of all)."""
 
-    size: int
-    work: int = 0
-    tokens: int = 0
-    documents: list[int] = field(default_factory=list)
+    def __init__(self, lengths: Sequence[int], world_size: int, causal: bool, most_tokens: int | None, target: float) -> None:
+        self.loads = [0.0] * world_size
+        self.tokens = [0] * world_size
+        self.rings: list[tuple[range, list[int]]] = []
+        self.alone: dict[int, list[int]] = {rank: [] for rank in range(world_size)}
+        self._single = [range(rank, rank + 1) for rank in range(world_size)]
+        self.used = 0
+        self.lengths = lengths
+        self.work = [_pairs(length, 0, length, causal) for length in lengths]
+        self.most_tokens = most_tokens
+        self.target = target
 
-    def with_work(self, work: int) -> float:
-        """Work per rank if so much is added."""
-        return (self.work + work) / self.size
+    def fill(self) -> tuple[Ring, ...] | None:
+        """The rings; None if a document has no place."""
+        for document in sorted(range(len(self.lengths)), key=lambda document: (-self.work[document], document)):
+            size = self._wanted(document)
+            if size > 1 and size <= len(self.loads) - self.used:
+                self.rings.append((range(self.used, self.used + size), []))
+                self.used += size
+            shared = [ranks for ranks, _ in self.rings]
+            # a document that one rank can take within the target moves nothing there
+            chosen = self._best(document, self._single, self.target) if size == 1 else None
+            chosen = chosen or self._best(document, [*shared, *(self._single if size == 1 else ())])
+            if chosen is None:
+                return None
+            self._put(document, chosen)
+        return self._placed()
 
-    def add(self, document: int, work: int, tokens: int) -> None:
-        self.work += work
-        self.tokens += tokens
-        self.documents.append(document)
+    def _wanted(self, document: int) -> int:
+        """Ranks for a document, by work and by memory."""
+        by_work = ceil(self.work[document] / self.target) if self.target else len(self.loads)
+        by_memory = -(-self.lengths[document] // self.most_tokens) if self.most_tokens else 1
+        return min(len(self.loads), max(1, by_work, by_memory))
 
+    def _best(self, document: int, places: Iterable[range], most: float = inf) -> range | None:
+        """Where the most laden rank of the place has least to do, and no more than `most`, with its part of the document."""
+        fitting = []
+        for ranks in places:
+            tokens = max(self.tokens[rank] for rank in ranks) + -(-self.lengths[document] // len(ranks))
+            load = max(self.loads[rank] for rank in ranks) + self.work[document] / len(ranks)
+            if load <= most and (self.most_tokens is None or tokens <= self.most_tokens):
+                fitting.append((load, len(ranks), ranks.start, ranks))
+        return min(fitting, key=lambda found: found[:3])[3] if fitting else None
 
-def _draft(
-    lengths: Sequence[int], world_size: int, causal: bool, most_tokens: int | None, target: float
-) -> tuple[Ring, ...] | None:
-    """Rings for a target of work per rank (0: one ring of all); None if a document has no place."""
-    work = [_pairs(length, 0, length, causal) for length in lengths]
-    rings: list[_Draft] = []
-    free = world_size
-    for document in sorted(range(len(lengths)), key=lambda document: (-work[document], document)):
-        mine, tokens = work[document], lengths[document]
-        size = min(world_size, max(1, ceil(mine / target))) if target else world_size
-        shares = max(1, -(-tokens // most_tokens)) if most_tokens else 1
-        size = max(size, shares)
-        fitting = [ring for ring in rings if ring.size >= shares and _fits(ring, tokens, most_tokens)]
-        best = min(fitting, key=lambda ring: (ring.with_work(mine), ring.size), default=None)
-        # a document that needs several ranks gets a ring of its own, another one where that beats the least laden
-        if size <= free and (best is None or size > 1 or best.with_work(mine) > mine):
-            best = _Draft(size)
-            rings.append(best)
-            free -= size
-        if best is None:
-            return None
-        best.add(document, mine, tokens)
-    return _placed([*rings, *(_Draft(1) for _ in range(free))])
+    def _put(self, document: int, ranks: range) -> None:
+        for rank in ranks:
+            self.loads[rank] += self.work[document] / len(ranks)
+            self.tokens[rank] += -(-self.lengths[document] // len(ranks))
+        held = next((documents for shared, documents in self.rings if shared == ranks), None)
+        (self.alone[ranks.start] if held is None else held).append(document)
 
-
-def _fits(ring: _Draft, tokens: int, most_tokens: int | None) -> bool:
-    return most_tokens is None or ring.tokens + tokens <= ring.size * most_tokens
-
-
-def _placed(drafts: Iterable[_Draft]) -> tuple[Ring, ...]:
-    """The large rings first, each from where the one before ends: sizes that divide each other stay within nodes."""
-    rings, first = [], 0
-    for draft in sorted(drafts, key=lambda draft: -draft.size):
-        rings.append(Ring(first=first, size=draft.size, documents=tuple(sorted(draft.documents))))
-        first += draft.size
-    return tuple(rings)
+    def _placed(self) -> tuple[Ring, ...]:
+        shared = [
+            Ring(
+                first=ranks.start,
+                size=len(ranks),
+                documents=tuple(sorted(documents)),
+                alone=tuple(tuple(sorted(self.alone[rank])) for rank in ranks),
+            )
+            for ranks, documents in self.rings
+        ]
+        rest = range(self.used, len(self.loads))
+        return (*shared, *(Ring(first=rank, size=1, documents=tuple(sorted(self.alone[rank]))) for rank in rest))

@@ -37,13 +37,19 @@ def on_rings(plan: RingSizes, documents: list[Document]) -> tuple[float, int]:
     seat = plan.split(WORLD)
     error = 0.0
     for index in seat.ring.documents:
-        one = documents[index]
-        mine = [shard(x, comm=seat.comm, partition=plan.kind) for x in one.arrays]
-        with RingAttention(one.workload, comm=seat.comm, partition=plan.kind, threads=1, timeout_s=TIMEOUT_S) as attention:
-            found = attention(*mine)
-        error = max(error, off(found, shard(one.out, comm=seat.comm, partition=plan.kind)))
+        error = max(error, on_ring(documents[index], seat.comm, plan.kind))
+    for index in seat.alone:
+        error = max(error, on_ring(documents[index], None, plan.kind))
     seat.comm.Free()
-    return error, len(seat.ring.documents)
+    return error, len(seat.ring.documents) + len(seat.alone)
+
+
+def on_ring(one: Document, comm: Any, partition: str) -> float:
+    """The largest error of this rank's rows of one document."""
+    mine = [shard(x, comm=comm, partition=partition) for x in one.arrays]
+    with RingAttention(one.workload, comm=comm, partition=partition, threads=1, timeout_s=TIMEOUT_S) as attention:
+        found = attention(*mine)
+    return off(found, shard(one.out, comm=comm, partition=partition))
 
 
 def packed(plan: RingSizes, documents: list[Document], *, causal: bool) -> float:
@@ -71,7 +77,9 @@ def main() -> None:
             error, worked = on_rings(plan, documents)
             errors = {"rings": error, "packed": packed(plan, documents, causal=causal)}
             faults += [f"{lengths} {name}: rank {WORLD.rank} off by {e:.2e}" for name, e in errors.items() if not e <= LIMIT]
-            cases.append({"sizes": [ring.size for ring in plan.rings], "worked": WORLD.gather(worked)})
+            sizes = [ring.size for ring in plan.rings]
+            alone = sum(len(held) for ring in plan.rings for held in ring.alone)
+            cases.append({"sizes": sizes, "alone": alone, "worked": WORLD.gather(worked)})
     said = WORLD.gather(faults)
     if said is not None:
         print(json.dumps({"cases": cases, "faults": [fault for some in said for fault in some]}))

@@ -97,12 +97,12 @@ class Emitter:
         nbytes = region.nbytes
         if not nbytes:
             return
-        if not region.dense:
+        first, end = region.extent
+        if end - first != nbytes:
             raise ScheduleError(f"{region.value} in {region.buffer} slot {region.slot} is not dense: pack it before it is sent")
         if nbytes <= self._limit:
             yield region
             return
-        first, _ = region.extent
         for begin in range(0, nbytes, self._limit):
             size = min(self._limit, nbytes - begin)
             yield replace(region, shape=(size,), dtype="uint8", offset=first + begin, box=None)

@@ -14,7 +14,7 @@ from ..tile import Span, Tile
 from ..workload import Workload
 from .ops import Box, Region
 
-MOST_REMEMBERED: Final = 65536
+MOST_KEPT: Final = 2**18
 _VALUE: Final = re.compile(r"(\w+)\[(\d+)(?:\|(\d+):(\d+)\|(\d+):(\d+))?\]")
 Made = TypeVar("Made")
 
@@ -27,7 +27,7 @@ class Block(NamedTuple):
     heads: tuple[int, int]
 
     @property
-    def count(self) -> int:
+    def tokens(self) -> int:
         """Rows."""
         return self.rows[1] - self.rows[0]
 
@@ -43,7 +43,15 @@ class Job:
     q_partition: Partition
     kv_partition: Partition
     sync: str = "free"
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    _blocks: tuple[tuple[Block, ...], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        heads = (0, self.workload.kv_heads)
+        sides = (self.q_partition, self.kv_partition)
+        blocks = tuple(tuple(Block(rank, (0, side.count(rank)), heads) for rank in range(side.world_size)) for side in sides)
+        object.__setattr__(self, "_blocks", blocks)
 
     @property
     def world_size(self) -> int:
@@ -51,26 +59,26 @@ class Job:
         return self.q_partition.world_size
 
     def remember(self, key: Any, make: Callable[[], Made]) -> Made:
-        """What `make` returned for this key, made once (or again, where very much is kept)."""
-        if key not in self._kept:
-            made = make()
-            if len(self._kept) >= MOST_REMEMBERED:
-                self._kept.clear()
-            self._kept[key] = made
-        found: Made = self._kept[key]
-        return found
+        """What `make` returned for this key, made once for all ranks: lanes and the like."""
+        return _found(self._made, key, make)
+
+    def _recall(self, key: Any, make: Callable[[], Made]) -> Made:
+        """The same for what there is much of: made again where very much is kept."""
+        if len(self._kept) > MOST_KEPT:
+            self._kept.clear()
+        return _found(self._kept, key, make)
 
     def q_block(self, rank: int) -> Block:
         """All queries of `rank`."""
-        return Block(rank, (0, self.q_partition.count(rank)), (0, self.workload.kv_heads))
+        return self._blocks[0][rank]
 
     def kv_block(self, rank: int) -> Block:
         """All keys and values of `rank`."""
-        return Block(rank, (0, self.kv_partition.count(rank)), (0, self.workload.kv_heads))
+        return self._blocks[1][rank]
 
     def tiles(self, q: Block, kv: Block) -> tuple[Tile, ...]:
         """The tiles between two blocks of the same heads, which rows and heads count from; none where nothing is seen."""
-        return self.remember((q, kv), lambda: tuple(self._tiles(q, kv)))
+        return self._recall((q, kv), lambda: tuple(self._tiles(q, kv)))
 
     def needs(self, q: Block, kv: Block) -> bool:
         """Whether a query of one block sees a key of the other."""
@@ -98,6 +106,9 @@ class Job:
 
     def home(self, name: str, block: Block) -> Region:
         """A block of q, k, v, out or lse where the caller has it: slot 0, all of the rank's array or a box of it."""
+        return self._recall((name, block), lambda: self._home(name, block))
+
+    def _home(self, name: str, block: Block) -> Region:
         work, rank = self.workload, block.rank
         heads = block.heads if name in "kv" else self.q_heads(block)
         rows = (self.kv_partition if name in "kv" else self.q_partition).count(rank)
@@ -115,9 +126,12 @@ class Job:
 
     def copy(self, name: str, block: Block, slot: int) -> Region:
         """A block of q, k or v away from home, dense, in `slot` of its buffer."""
+        return self._recall((name, block, slot), lambda: self._copy(name, block, slot))
+
+    def _copy(self, name: str, block: Block, slot: int) -> Region:
         work = self.workload
         first, end = block.heads if name in "kv" else self.q_heads(block)
-        shape = (work.batch, block.count, end - first, self._width(name))
+        shape = (work.batch, block.tokens, end - first, self._width(name))
         return Region(buffer=name, slot=slot, shape=shape, dtype=work.wire_dtype, value=self.value(name, block))
 
     def state(
@@ -128,10 +142,14 @@ class Job:
         Each in a buffer of its own, or `packed` one after the other into buffer ``state``, where `parcel` spans all three.
         `at`: only of the keys of that rank, to be merged at home.
         """
+        return self._recall(
+            ("state", block, version, slot, packed, at), lambda: tuple(self._state(block, version, slot, packed=packed, at=at))
+        )
+
+    def _state(self, block: Block, version: int, slot: int, *, packed: bool, at: int | None) -> Iterator[Region]:
         work, dtype = self.workload, accumulator(self.workload.dtype)
         first, end = self.q_heads(block)
-        rows = (work.batch, end - first, block.count)
-        regions: list[Region] = []
+        rows = (work.batch, end - first, block.tokens)
         offset = 0
         for name, shape in (("acc", (*rows, work.v_head_dim)), ("max", rows), ("sum", rows)):
             value = self.value("state" if packed else name, block) + ("" if at is None else f"@{at}")
@@ -144,14 +162,14 @@ class Job:
                 version=version,
                 offset=offset,
             )
-            regions.append(region)
+            yield region
             offset += region.nbytes if packed else 0
-        return tuple(regions)
 
     def parcel(self, block: Block, version: int, *, slot: int = 0, at: int | None = None) -> Region:
         """All of a packed state, as one message."""
+        key = ("parcel", block, version, slot, at)
         last = self.state(block, version, slot=slot, packed=True, at=at)[-1]
-        return replace(last, shape=(last.array_end,), dtype="uint8", offset=0)
+        return self._recall(key, lambda: replace(last, shape=(last.array_end,), dtype="uint8", offset=0))
 
     def value(self, name: str, block: Block) -> str:
         """What a region holds, in words: ``k[3]``, or ``k[3|0:50|0:2]`` for a part: rank, rows and key/value heads."""
@@ -173,6 +191,13 @@ class Job:
 
     def _width(self, name: str) -> int:
         return self.workload.head_dim if name in "qk" else self.workload.v_head_dim
+
+
+def _found(kept: dict[Any, Any], key: Any, make: Callable[[], Made]) -> Made:
+    found: Made | None = kept.get(key)
+    if found is None:
+        found = kept[key] = make()
+    return found
 
 
 def _within(spans: tuple[Span, ...], rows: tuple[int, int]) -> Iterator[Span]:

@@ -17,12 +17,16 @@ class Lane:
     """
 
     def __init__(self, job: Job, loops: Sequence[Loop], part: Callable[[int], Block], *, queries: bool = False) -> None:
-        self.part = part
         self._job = job
+        self._part = {rank: part(rank) for loop in loops for rank in loop}
         self._queries = queries
         self._place = {rank: (loop, index) for loop in loops for index, rank in enumerate(loop)}
         self._reach: dict[int, int] = {}
         self._visits: dict[int, tuple[int, ...]] = {}
+
+    def part(self, rank: int) -> Block:
+        """The part of the block of `rank` that goes this way."""
+        return self._part[rank]
 
     def loop(self, rank: int) -> Loop:
         """The loop that `rank` lies on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from ..dtypes import ITEMSIZE
@@ -27,6 +27,22 @@ class Region:
     version: int = 0
     offset: int = 0
     box: Box | None = None
+    nbytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of the slice."""
+    extent: tuple[int, int] = field(init=False, repr=False, compare=False)
+    """From its first byte to after its last, counted from the slot's start; a box may leave out bytes in between."""
+
+    def __post_init__(self) -> None:
+        itemsize = ITEMSIZE[self.dtype]
+        nbytes = prod(self.sizes) * itemsize
+        begin, end = self.offset, self.offset + nbytes
+        if self.box is not None and nbytes:
+            first = last = 0
+            for (low, high), size in zip(self.box, self.shape, strict=True):
+                first, last = first * size + low, last * size + high - 1
+            begin, end = self.offset + first * itemsize, self.offset + (last + 1) * itemsize
+        object.__setattr__(self, "nbytes", nbytes)
+        object.__setattr__(self, "extent", (begin, end))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -34,35 +50,18 @@ class Region:
         return self.shape if self.box is None else tuple(end - begin for begin, end in self.box)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the slice."""
-        return prod(self.sizes) * ITEMSIZE[self.dtype]
-
-    @property
     def array_end(self) -> int:
         """Bytes from the slot's start to the end of the array that the region is, or lies in."""
         return self.offset + prod(self.shape) * ITEMSIZE[self.dtype]
 
     @property
-    def extent(self) -> tuple[int, int]:
-        """From its first byte to after its last, counted from the slot's start; a box may leave out bytes in between."""
-        if self.box is None or not self.nbytes:
-            return self.offset, self.offset + self.nbytes
-        first = last = 0
-        for (begin, end), size in zip(self.box, self.shape, strict=True):
-            first, last = first * size + begin, last * size + end - 1
-        itemsize = ITEMSIZE[self.dtype]
-        return self.offset + first * itemsize, self.offset + (last + 1) * itemsize
-
-    @property
     def dense(self) -> bool:
         """Whether no byte is left out in between: only then can it be sent as it is."""
-        begin, end = self.extent
-        return end - begin == self.nbytes
+        return self.extent[1] - self.extent[0] == self.nbytes
 
     def overlaps(self, other: Region) -> bool:
         """Whether both touch a common byte."""
-        if self.buffer != other.buffer or self.slot != other.slot:
+        if self.slot != other.slot or self.buffer != other.buffer:
             return False
         (begin, end), (other_begin, other_end) = self.extent, other.extent
         if begin >= other_end or other_begin >= end:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ...errors import WorkloadError
-from ...mask import Window
+from ...mask import Window, both
 from ...workload import Workload
 from ..emitter import Emitter
 from ..job import Job
@@ -26,7 +26,7 @@ def dense(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
 
 def _window(workload: Workload, left: int, right: int) -> Workload:
     """The workload with keys outside the window hidden."""
-    return replace(workload, mask=workload.mask & Window(left, right))
+    return replace(workload, mask=both(workload.mask, Window(left, right)))
 
 
 @strategy("local-window", version=1, adapt=_window)

@@ -28,8 +28,8 @@ def q_ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
 
     def half(second: int, rank: int) -> Block:
         whole = job.q_block(rank)
-        middle = (whole.count + 1) // 2
-        return whole._replace(rows=(middle, whole.count) if second else (0, middle))
+        middle = (whole.tokens + 1) // 2
+        return whole._replace(rows=(middle, whole.tokens) if second else (0, middle))
 
     def lanes() -> tuple[Lane, ...]:
         loops = components(job)

@@ -37,8 +37,8 @@ def bidirectional(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
 
     def half(second: int, rank: int) -> Block:
         whole = job.kv_block(rank)
-        middle = (whole.count + 1) // 2
-        return whole._replace(rows=(middle, whole.count) if second else (0, middle))
+        middle = (whole.tokens + 1) // 2
+        return whole._replace(rows=(middle, whole.tokens) if second else (0, middle))
 
     def lanes() -> tuple[Lane, ...]:
         loops = components(job)

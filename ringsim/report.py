@@ -12,6 +12,7 @@ from .breakeven import Breakeven
 from .comparison import QUANTITIES, Comparison, Measured
 from .mask import shortened
 from .schedule import Schedule, Send
+from .schedule.registry import Strategy
 from .timeline import Timeline
 from .units import format_rate, format_size, format_time
 
@@ -31,7 +32,7 @@ def workload_line(schedule: Schedule, *, ranks: bool = True) -> str:
     heads = f"{work.heads} heads" if work.heads == work.kv_heads else f"{work.heads}/{work.kv_heads} heads"
     shape = f"batch {work.batch}, {lengths}, {heads}, head_dim {work.head_dim}, {work.dtype}, {shortened(work.mask.name)}"
     world = f", {schedule.world_size} ranks" if ranks else ""
-    return f"{schedule.strategy}, {schedule.partition}, sync {schedule.sync}{world}: {shape}"
+    return f"{schedule.strategy}, {shortened(schedule.partition)}, sync {schedule.sync}{world}: {shape}"
 
 
 def useful_flops(schedule: Schedule) -> int:
@@ -156,3 +157,13 @@ def breakeven(found: Sequence[Breakeven]) -> RenderableType:
         "hops still cost: of the run, there, by slowing kernels; F/B: peak over the slowest hop's rate, arXiv 2310.01889"
     )
     return Group(Text(head), table, Text(tail))
+
+
+def strategies(known: Sequence[Strategy]) -> RenderableType:
+    """What `strategies` prints."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("what travels, and where it is from")
+    for one in known:
+        table.add_row(one.usage, one.summary)
+    return table

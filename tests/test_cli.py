@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from ringsim.cli import session
 from ringsim.cli.main import cli, main
 from ringsim.errors import TopologyError
-from ringsim.schedule import Schedule
+from ringsim.schedule import STRATEGIES, Schedule
 
 IDEAL = ["simulate", "ideal", "--head-dim", "128", "--dtype", "bf16"]
 
@@ -85,7 +85,8 @@ def test_workload_files_and_options_over_them(capsys, tmp_path):
         ("seq: 1K\nseq: 2K\n", "work.yaml:2: duplicate key 'seq'; first on line 1"),
         ("seq: 1X\n", "work.yaml:1: seq: '1X' is no count of tokens"),
         ("seq: 1K\nheads: four\n", "work.yaml:2: heads:"),
-        ("seq: 1K\npartition: zigzog\n", "partition 'zigzog' is unknown; allowed: contiguous, striped, zigzag"),
+        ("seq: 1K\npartition: zigzog\n", "work.yaml: unknown partition 'zigzog'; known: contiguous"),
+        ("seq: 1K\nstrategy: double-ring\n", "work.yaml: strategy 'double-ring': missing a required argument: 'inner'; write "),
         ("seq: 1K\ndtype: fp8\n", "unknown dtype 'fp8'"),
         ("seq: [1\n", "not YAML"),
     ],
@@ -245,3 +246,37 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     for bad in (tmp_path, tmp_path / "no" / "x.json"):
         with pytest.raises(files.FileError):
             files.check_writable(bad)
+
+
+def test_strategies_are_listed_as_they_are_written(capsys, tmp_path):
+    out = tmp_path / "out.json"
+    code, text, err = invoke(capsys, "strategies", "--json", out)
+    assert (code, err) == (0, "")
+    listed = json.loads(out.read_text())["strategies"]
+    assert [one["name"] for one in listed] == sorted(STRATEGIES)
+    for one in listed:
+        assert one["usage"] in text and one["summary"].endswith((".", "done"))
+    assert "double-ring(inner, stride=1)" in text
+
+
+ONE_SLOW = """
+ringsim: 2
+name: one-slow
+source: "defined: the first device at a third of its speed"
+extends: ideal
+devices:
+  slow: {like: ideal, speed: 0.3333333333333333}
+replace: {ideal-0: slow}
+"""
+
+
+def test_a_partition_by_machine_is_written_out_as_weights(capsys, tmp_path):
+    machine, out = tmp_path / "one-slow.yaml", tmp_path / "out.json"
+    machine.write_text(ONE_SLOW)
+    asked = ("--seq", "64K", "--head-dim", 128, "--dtype", "bf16", "--causal", "--partition", "zigzag(machine)", "--ranks", 4)
+    code, _, err = invoke(capsys, "simulate", machine, *asked, "--json", out)
+    assert (code, err) == (0, "")
+    assert json.loads(out.read_text())["schedule"]["partition"] == "zigzag(1,3,3,3)"
+    code, said, err = invoke(capsys, "schedule", *asked)
+    assert (code, said) == (2, "")
+    assert "this command knows no machine; give the weights as numbers" in err

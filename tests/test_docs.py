@@ -20,7 +20,7 @@ from ringsim.topology.spec import Spec
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
-    r"(?:mpiexec -n \d+ |^ *)ringsim ((?:simulate|memory|breakeven|run|calibrate|compare|schedule|topologies) [^`#\n]*)",
+    r"(?:mpiexec -n \d+ |^ *)ringsim ((?:simulate|memory|breakeven|run|calibrate|compare|schedule|strategies|topologies)(?: [^`#\n]*)?)",
     re.MULTILINE,
 )
 

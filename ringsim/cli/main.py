@@ -11,7 +11,7 @@ import click
 from .. import __version__
 from .machines import topologies
 from .measure import calibrate, compare, run
-from .predict import breakeven, memory, schedule, simulate
+from .predict import breakeven, memory, schedule, simulate, strategies
 from .session import end
 
 EPILOG = "Sizes read 8K = 8192 and 1M = 1048576 tokens. Exit codes: 0 done, 1 a check failed, 2 bad input."
@@ -28,6 +28,7 @@ mpiexec -n 4 ringsim run --seq 8K --causal --check        what does it cost?
 mpiexec -n 4 ringsim calibrate -o here.yaml               what is this machine?
 mpiexec -n 4 ringsim compare --topology here.yaml ...     was the prediction right?
 ringsim schedule --ranks 4 --seq 6 --causal               who computes and sends what?
+ringsim strategies                                        in which other ways?
 """
 
 
@@ -38,7 +39,7 @@ def cli() -> None:
 
 
 COMMUNICATING = ("run", "calibrate", "compare")
-for command in (simulate, memory, breakeven, run, calibrate, compare, schedule, topologies):
+for command in (simulate, memory, breakeven, run, calibrate, compare, schedule, strategies, topologies):
     cli.add_command(command)
 
 

@@ -66,7 +66,7 @@ def measure(
         # what is imported and cached on first use is no part of a run
         work = job.workload
         few = replace(work, q_len=min(work.q_len, 8), kv_len=min(work.kv_len, 8), mask=Causal())
-        small = replace(job, workload=few)
+        small = replace(job, workload=few, partition="contiguous", strategy="ring")
         attention, arrays = prepare(transport, small, seed=seed, timeout=timeout, threads=threads)
         attention(*arrays[:3], out=arrays[3])
         tracemalloc.start()
@@ -269,6 +269,8 @@ def compare(
     agree("compare", transport, repeats=repeats, warmup=warmup, seed=seed, check=check)
     on_leader(transport, lambda: check_outputs(json_path, trace_path))
     on = on_leader(transport, lambda: machine(ctx, topology_name))
+    partition = on_leader(transport, lambda: job.schedule(transport.world_size, on).partition)
+    job = replace(job, partition=partition)
     predicted = on_leader(transport, lambda: simulate(job.schedule(transport.world_size), on))
     done = measure(transport, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, threads=1, check=check)
     result = compare_timelines(predicted, done.runs)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from click.core import ParameterSource
@@ -15,13 +15,14 @@ from .. import topology, units, workload_file
 from ..dtypes import ALIASES, ATTENTION
 from ..errors import RingsimError, WorkloadError
 from ..mask import both, mask_named
-from ..partition import KINDS
-from ..schedule import STRATEGIES, Schedule
+from ..schedule import Schedule
 from ..schedule.schedule import SYNCS
+from ..shares import even_out
 from ..topology.spec import ORDERS
 from ..workload import Workload
 
 Command = Callable[..., Any]
+BY_MACHINE: Final = "(machine)"
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]
@@ -62,7 +63,19 @@ MASK = (
     ),
 )
 PARTITION = click.option(
-    "--partition", type=click.Choice(KINDS), default="contiguous", show_default=True, help="Which tokens a rank holds."
+    "--partition",
+    metavar="TEXT",
+    default="contiguous",
+    show_default=True,
+    help="Which tokens a rank holds: contiguous, striped, zigzag, balanced, 'zigzag(3,1,1)' by weight or 'zigzag(machine)' by "
+    "what its devices do; see docs/partitions.md.",
+)
+STRATEGY = click.option(
+    "--strategy",
+    metavar="TEXT",
+    default="ring",
+    show_default=True,
+    help="What travels, such as ring, q-ring or 'double-ring(8)'; `ringsim strategies` lists them.",
 )
 WORKLOAD = (
     click.option(
@@ -75,7 +88,7 @@ WORKLOAD = (
     *MASK,
     click.option("--softmax-scale", type=float, help="Factor of the scores. [default: head_dim ** -0.5]"),
     PARTITION,
-    click.option("--strategy", type=click.Choice(list(STRATEGIES)), default="ring", show_default=True, help="What travels."),
+    STRATEGY,
     click.option("--sync", type=click.Choice(SYNCS), default="free", show_default=True, help="step: a barrier between rounds."),
 )
 RUNS = (
@@ -131,18 +144,32 @@ def machine(ctx: click.Context, name: str, transport: str | None = None) -> topo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A workload and how it is to be cut."""
+    """A workload and how it is to be cut; `source`, the file that says so, if there is one."""
 
     workload: Workload
     partition: str
     strategy: str
     sync: str
+    source: Path | None = None
 
-    def schedule(self, world_size: int) -> Schedule:
-        """The schedule on `world_size` ranks."""
-        return Schedule(
-            workload=self.workload, world_size=world_size, partition=self.partition, strategy=self.strategy, sync=self.sync
-        )
+    def schedule(self, world_size: int, on: topology.Topology | None = None) -> Schedule:
+        """The schedule on `world_size` ranks, whose partition ``zigzag(machine)`` asks for the machine. Raises WorkloadError."""
+        kind, by_machine, _ = self.partition.partition(BY_MACHINE)
+        try:
+            made = Schedule(
+                workload=self.workload,
+                world_size=world_size,
+                partition=kind if by_machine else self.partition,
+                strategy=self.strategy,
+                sync=self.sync,
+            )
+            if not by_machine:
+                return made
+            if on is None:
+                raise WorkloadError(f"partition {self.partition!r}: this command knows no machine; give the weights as numbers")
+            return replace(made, partition=even_out(made, on).partition)
+        except WorkloadError as error:
+            raise WorkloadError(f"{self.source}: {error}" if self.source else str(error)) from None
 
 
 def shape(values: dict[str, Any]) -> dict[str, Any]:
@@ -162,9 +189,6 @@ def plan(ctx: click.Context) -> Plan:
                 values[name] = value
     if values["seq"] is None:
         raise click.UsageError("how long is the sequence? Give --seq, e.g. --seq 8K", ctx)
-    for name, allowed in (("partition", KINDS), ("strategy", STRATEGIES), ("sync", SYNCS)):
-        if values[name] not in allowed:
-            raise WorkloadError(f"{path}: {name} {values[name]!r} is unknown; allowed: {', '.join(allowed)}")
     workload = Workload(
         q_len=values["seq"],
         kv_len=values["kv_seq"],
@@ -172,4 +196,5 @@ def plan(ctx: click.Context) -> Plan:
         softmax_scale=values["softmax_scale"],
         **shape(values),
     )
-    return Plan(workload=workload, partition=values["partition"], strategy=values["strategy"], sync=values["sync"])
+    cut = {name: values[name] for name in ("partition", "strategy", "sync")}
+    return Plan(workload=workload, source=path, **cut)

@@ -1,4 +1,4 @@
-"""Commands that need no MPI: simulate, memory, breakeven, schedule."""
+"""Commands that need no MPI: simulate, memory, breakeven, schedule, strategies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from .. import ledger, report
 from ..breakeven import find_breakeven
 from ..capacity import demands, longest_ring, tightest
 from ..footprint import FeedForward
-from ..schedule import Schedule
+from ..schedule import STRATEGIES, Schedule
 from ..schedule.grid import LEGEND, grid
 from ..simulation import simulate as simulate_schedule
 from ..workload import Workload
-from .options import MACHINE, MASK, OUTPUT, PARTITION, RANKS, SHAPE, SIZE, TOKENS, WORKLOAD, machine, plan, shape, with_options
+from . import options
+from .options import MACHINE, OUTPUT, RANKS, SIZE, TOKENS, WORKLOAD, machine, plan, with_options
 from .session import check_outputs, console, progress, write_outputs
 
 MOST_RANKS_AS_TEXT = 256
@@ -34,7 +35,7 @@ def simulate(
     on = machine(ctx, name)
     world_size = ranks or len(on.slots)
     check_outputs(json_path, trace_path)
-    schedule = job.schedule(world_size)
+    schedule = job.schedule(world_size, on)
     with progress("simulating", 2) as advance:
         timeline = simulate_schedule(schedule, on)
         advance("simulating, with hops that cost nothing")
@@ -82,7 +83,7 @@ def memory(
     with progress("weighing", len(names)) as advance:
         for name in names:
             on = machine(ctx, name)
-            schedule = job.schedule(ranks or len(on.slots))
+            schedule = job.schedule(ranks or len(on.slots), on)
             found.append(ledger.account(schedule, on, window=window, feed_forward=feed_forward, reserve_nbytes=reserve))
             advance(name)
     console().print(ledger.table(found[0]) if len(found) == 1 else ledger.summary(found))
@@ -93,7 +94,7 @@ def memory(
 @click.argument("names", metavar="MACHINE...", nargs=-1, required=True)
 @RANKS
 @click.option("--multiple", type=TOKENS, default=1, show_default=True, help="Blocks are multiples of this many tokens.")
-@with_options(MACHINE, SHAPE, (*MASK, PARTITION), OUTPUT[:1])
+@with_options(MACHINE, options.SHAPE, (*options.MASK, options.PARTITION, options.STRATEGY), OUTPUT[:1])
 @click.pass_context
 def breakeven(
     ctx: click.Context,
@@ -102,17 +103,18 @@ def breakeven(
     ranks: int | None,
     multiple: int,
     partition: str,
+    strategy: str,
     json_path: Path | None,
     **_: Any,
 ) -> None:
     """Find the smallest block of tokens per device at which each MACHINE hides its hops, by simulation."""
     check_outputs(json_path)
-    workload = Workload(q_len=1, **shape(ctx.params))
+    workload = Workload(q_len=1, **options.shape(ctx.params))
     found = []
     with progress("seeking", len(names)) as advance:
         for name in names:
             on = machine(ctx, name)
-            start = Schedule(workload=workload, world_size=ranks or len(on.slots), partition=partition)
+            start = Schedule(workload=workload, world_size=ranks or len(on.slots), partition=partition, strategy=strategy)
             found.append(find_breakeven(start, on, multiple=multiple))
             advance(name)
     console().print(report.breakeven(found))
@@ -147,3 +149,14 @@ def schedule(
 def _buffers(made: Any, most: int) -> list[dict[str, int]]:
     ranks = range(min(made.world_size, most))
     return [{f"{name}[{slot}]": nbytes for (name, slot), nbytes in made.buffers(rank).items()} for rank in ranks]
+
+
+@click.command()
+@with_options(OUTPUT[:1])
+def strategies(json_path: Path | None) -> None:
+    """List the strategies: how each is written and what travels."""
+    check_outputs(json_path)
+    known = [one for _, one in sorted(STRATEGIES.items())]
+    console().print(report.strategies(known))
+    facts = [{"name": one.name, "usage": one.usage, "version": one.version, "summary": one.summary} for one in known]
+    write_outputs(json_path, None, {"strategies": facts}, {})

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .footprint import Footprint, weigh
     from .mask import BlockSparse, Causal, Documents, First, Full, PrefixLM, Window, mask_named
     from .partition import Partition
+    from .ring_sizes import size_rings
     from .schedule import Schedule
+    from .shares import even_out
     from .simulation import exposed_communication_s, simulate
     from .timeline import Timeline
     from .topology import Topology
@@ -48,7 +50,9 @@ _HOME = {
     "Window": "mask",
     "mask_named": "mask",
     "Partition": "partition",
+    "size_rings": "ring_sizes",
     "Schedule": "schedule",
+    "even_out": "shares",
     "exposed_communication_s": "simulation",
     "simulate": "simulation",
     "Timeline": "timeline",
@@ -76,6 +80,7 @@ __all__ = [
     "Window",
     "Workload",
     "compare",
+    "even_out",
     "execute",
     "exposed_communication_s",
     "find_breakeven",
@@ -84,6 +89,7 @@ __all__ = [
     "ring_attention",
     "shard",
     "simulate",
+    "size_rings",
     "unshard",
     "weigh",
 ]

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from . import balance
 from .arrays import Array, as_any_array, as_operands
 from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
-from .mask import Causal, Documents, Full, Mask, both, mask_named
+from .mask import Causal, Documents, Full, Mask, both, mask_named, shortened
 from .partition import Partition
 from .schedule import Schedule
 from .transport import Transport
@@ -132,14 +133,12 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
     fixed = [shard.fixed() for shard in shards]
     _raise_if_any([_difference(entry, fixed) for entry in fixed])
     _check_shapes(shards[0])
-    q_len, kv_len, _ = (
-        _length(name, [shard.shapes[i][1] for shard in shards], options.partition) for i, name in enumerate("qkv")
-    )
+    q_len, kv_len = (sum(shard.shapes[i][1] for shard in shards) for i in (0, 1))
     if tokens is not None and not tokens == q_len == kv_len:
         held = f"{q_len} tokens" if q_len == kv_len else f"{q_len} queries and {kv_len} keys"
         raise WorkloadError(f"cu_seqlens end at {tokens}, the ranks hold {held} in all; the last must be their number")
     q, k, v = shards[0].shapes
-    return Workload(
+    workload = Workload(
         q_len=q_len,
         kv_len=kv_len,
         batch=q[0],
@@ -151,6 +150,10 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
         mask=mask,
         softmax_scale=DERIVED if options.softmax_scale is None else options.softmax_scale,
     )
+    queries, keys = balance.partitions(options.partition, workload, transport.world_size)
+    for i, (name, split) in enumerate(zip("qkv", (queries, keys, keys), strict=True)):
+        _check_rows(name, [shard.shapes[i][1] for shard in shards], split, options.partition)
+    return workload
 
 
 def _difference(found: dict[str, Any], all_found: list[dict[str, Any]]) -> str | None:
@@ -184,9 +187,8 @@ def _check_shapes(shard: Shards) -> None:
         raise RankMismatch(f"q, k and v do not fit together on rank 0: {shown}")
 
 
-def _length(name: str, rows: list[int], partition: str) -> int:
-    """The global length, if these are the rows per rank of a partition of it."""
-    split = Partition(kind=partition, length=sum(rows), world_size=len(rows))
+def _check_rows(name: str, rows: list[int], split: Partition, partition: str) -> None:
+    """Raise RankMismatch unless these are the rows per rank of the partition."""
     expected = [split.count(rank) for rank in range(len(rows))]
     wrong = [
         f"rank {rank} has {held}, not {right}"
@@ -194,8 +196,7 @@ def _length(name: str, rows: list[int], partition: str) -> int:
         if held != right
     ]
     if wrong:
-        raise RankMismatch(f"rows of {name} are no {partition} partition of {split.length} tokens: {'; '.join(wrong)}")
-    return split.length
+        raise RankMismatch(f"rows of {name} are no {shortened(partition)} partition of {split.length} tokens: {'; '.join(wrong)}")
 
 
 def with_axis(x: Any, axis: int) -> Array:
@@ -206,8 +207,19 @@ def with_axis(x: Any, axis: int) -> Array:
     return array
 
 
-def common_parts(transport: Transport, x: Any, partition: str, axis: int) -> list[Any]:
-    """Every rank's shard, on every rank. Raises RankMismatch on every rank if they are not those of one array; collective."""
+def partition_of(partition: str, length: int, world_size: int, mask: Mask | str | None) -> Partition:
+    """The partition of one array. Raises WorkloadError, also where ``balanced`` is asked for and no mask is given."""
+    if mask is None and partition.strip().startswith("balanced"):
+        raise WorkloadError(f"partition {partition!r} depends on the mask: give mask=, that of the attention to come")
+    seen = Full() if mask is None else mask_named(mask) if isinstance(mask, str) else mask
+    return balance.partitions(partition, Workload(q_len=length, mask=seen), world_size)[0]
+
+
+def common_parts(transport: Transport, x: Any, partition: str, axis: int, mask: Mask | str | None) -> tuple[list[Any], Partition]:
+    """Every rank's shard, on every rank, and how they fit together; collective.
+
+    Raises RankMismatch on every rank if they are not those of one array.
+    """
     mine, fault = None, None
     try:
         mine = with_axis(x, axis)
@@ -217,13 +229,16 @@ def common_parts(transport: Transport, x: Any, partition: str, axis: int) -> lis
     _raise_if_any([message for _, message in said])
     parts = [part for part, _ in said]
     settings = [
-        {"partition": partition, "axis": axis, "dtype": part.dtype.name}
+        {"partition": partition, "mask": mask if mask is None or isinstance(mask, str) else mask.name}
+        | {"axis": axis, "dtype": part.dtype.name}
         | {f"length of axis {index}": size for index, size in enumerate(part.shape) if index != axis % part.ndim}
         for part in parts
     ]
     _raise_if_any([_difference(entry, settings) for entry in settings])
-    _length("x", [part.shape[axis] for part in parts], partition)
-    return parts
+    rows = [part.shape[axis] for part in parts]
+    split = partition_of(partition, sum(rows), transport.world_size, mask)
+    _check_rows("x", rows, split, partition)
+    return parts, split
 
 
 def _raise_if_any(complaints: list[str | None]) -> None:

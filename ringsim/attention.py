@@ -17,8 +17,8 @@ from .errors import ArrayError, RankMismatch, RingsimError, TransportError, Work
 from .execution import Rank, clock
 from .footprint import Footprint, weigh
 from .mask import Mask
-from .partition import Partition
 from .schedule import Schedule
+from .tile import IntArray
 from .timeline import Timeline, gather
 from .transport import Transport
 from .workload import Workload
@@ -30,8 +30,9 @@ class RingAttention:
     """A plan: the schedule of `workload` on `comm`, its buffers made once, to be called many times.
 
     `comm` is an mpi4py communicator (any sub-communicator; it is duplicated), a `ringsim.transport.Transport`, or None for
-    this process alone. `partition` is ``contiguous``, ``striped`` or ``zigzag``; `sync` is ``free`` or ``step``. `threads`
-    defaults to the cores of the host over its ranks. With ``check=False`` a call no longer compares shapes between ranks.
+    this process alone. `partition` is a text such as ``zigzag`` (docs/partitions.md), `strategy` one such as ``double-ring(8)``
+    (docs/strategies.md), `sync` ``free`` or ``step``. `threads` defaults to the cores of the host over its ranks. With
+    ``check=False`` a call no longer compares shapes between ranks.
     Every method that runs is collective. Raises WorkloadError, RankMismatch, MissingDependency.
     """
 
@@ -63,6 +64,12 @@ class RingAttention:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Local shapes of q, k, v and out: (batch, local seq, heads, head_dim)."""
         return self._rank.shapes()
+
+    @property
+    def positions(self) -> dict[str, IntArray]:
+        """Global positions of this rank's rows of q, and of k and v, in their order; rotary embeddings need them."""
+        job, rank = self.schedule.job, self._transport.rank
+        return {"q": job.q_partition.positions(rank), "kv": job.kv_partition.positions(rank)}
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +164,7 @@ def ring_attention(
     """Exact attention over a sequence that is split over the ranks of `comm`: local shards in, local shard out.
 
     q is (batch, local seq, heads, head_dim), k and v (batch, local seq, kv_heads, head_dim or v_head_dim); each rank holds
-    the tokens that ``Partition(kind=partition, ...)`` gives it (see `shard`). A query sees the keys that all of `causal`,
+    the tokens that `partition` gives it (see `shard` and docs/partitions.md). A query sees the keys that all of `causal`,
     `mask` (a mask of ringsim, or its text, such as ``"window(4K, 0)"``) and `cu_seqlens` let it see; these are the cumulative
     lengths of documents packed into one sequence, over the tokens of all ranks: 0, ..., their number. Collective. Returns this
     rank's rows of the output, and with `return_lse` also lse (batch, heads, local seq); for 3-D q, k and v (local tokens,
@@ -179,14 +186,15 @@ def ring_attention(
     return (result, lse) if return_lse else result
 
 
-def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int = 1) -> Array:
+def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", mask: Mask | str | None = None, axis: int = 1) -> Array:
     """The rows of global array `x` (the same on every rank) that this rank holds under `partition`, split along `axis`.
 
-    A view where the rows are evenly spaced (contiguous, striped), else a copy. No communication.
+    ``balanced`` needs the `mask` of the attention to come. A view where the rows are evenly spaced (contiguous, striped), else
+    a copy. No communication. Raises WorkloadError, ArrayError.
     """
     array = agreement.with_axis(x, axis)
     rank, world_size = _place(comm)
-    spans = Partition(kind=partition, length=array.shape[axis], world_size=world_size).spans(rank)
+    spans = agreement.partition_of(partition, array.shape[axis], world_size, mask).spans(rank)
     index: list[Any] = [slice(None)] * array.ndim
     parts = []
     for span in spans:
@@ -199,19 +207,26 @@ def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int 
     return rows
 
 
-def unshard(x: Any, *, comm: Any = None, partition: str = "contiguous", axis: int = 1, timeout_s: float = 300.0) -> Array:
+def unshard(
+    x: Any,
+    *,
+    comm: Any = None,
+    partition: str = "contiguous",
+    mask: Mask | str | None = None,
+    axis: int = 1,
+    timeout_s: float = 300.0,
+) -> Array:
     """The global array whose shards the ranks hold, on every rank: the inverse of `shard`. Collective.
 
     Raises RankMismatch on every rank if the shards are not those of one array under `partition`.
     """
     if comm is None:
         array = agreement.with_axis(x, axis)
-        Partition(kind=partition, length=array.shape[axis], world_size=1)
+        agreement.partition_of(partition, array.shape[axis], 1, mask)
         return array
     transport = transport_of(comm, timeout_s)
     with _closing(transport, comm):
-        parts = agreement.common_parts(transport, x, partition, axis)
-    split = Partition(kind=partition, length=sum(part.shape[axis] for part in parts), world_size=transport.world_size)
+        parts, split = agreement.common_parts(transport, x, partition, axis, mask)
     shape = list(parts[0].shape)
     shape[axis] = split.length
     result = np.empty(shape, parts[0].dtype)

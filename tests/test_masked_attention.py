@@ -1,5 +1,6 @@
 """Attention under every mask against dense float64; packed sequences and masks through the library and the command line."""
 
+import itertools
 from functools import partial
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ from ringsim.lowering import Blocking
 from ringsim.mask import shortened
 from ringsim.partition import KINDS
 from ringsim.reference import dense_attention
+from ringsim.workload import Workload
 
 SEQ = 61
 COMMAND = ["schedule", "--ranks", "4"]
@@ -282,3 +284,25 @@ def test_a_mask_in_a_workload_file(tmp_path):
         found = CliRunner().invoke(cli, [*COMMAND, "--workload", str(file), *arguments])
         assert found.exit_code == 0, found.output
         assert said in " ".join(found.output.split())
+
+
+@pytest.mark.parametrize("strategy", ["ring", "q-ring", "token-ring"])
+def test_balanced_shards_need_the_mask_and_fit_the_call(strategy):
+    length, documents = 37, (5, 15, 17)
+    bounds, text = [0, *itertools.accumulate(documents)], "causal & documents(5, 15, 17)"
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((length, heads, 8)) for heads in (4, 2, 2))
+
+    def run(endpoint):
+        shards = [ringsim.shard(x, comm=endpoint, partition="balanced", mask=text, axis=0) for x in (q, k, v)]
+        options = {"comm": endpoint, "partition": "balanced", "strategy": strategy}
+        out = ringsim.ring_attention(*shards, causal=True, cu_seqlens=bounds, **options)
+        return ringsim.unshard(out, comm=endpoint, partition="balanced", mask=text, axis=0)
+
+    work = Workload(q_len=length, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=mask_named(text))
+    right, _ = dense_attention(work, q[None], k[None], v[None])
+    for out in spawn(3, run):
+        np.testing.assert_allclose(out, right[0], rtol=0, atol=1e-12)
+    for call in (ringsim.shard, ringsim.unshard):
+        with pytest.raises(WorkloadError, match="depends on the mask"):
+            call(q, partition="balanced", axis=0)

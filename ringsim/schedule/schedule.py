@@ -87,7 +87,7 @@ class Schedule:
             "format": FORMAT,
             "strategy": self.strategy,
             "strategy_version": find(self.strategy).strategy.version,
-            "partition": self.partition,
+            "partition": self.job.q_partition.kind,
             "world_size": self.world_size,
             "sync": self.sync,
             "max_message_nbytes": self.max_message_nbytes,

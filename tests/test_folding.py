@@ -3,13 +3,15 @@
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ringsim import topology
+from ringsim.costs import Costs
 from ringsim.mask import mask_named
 from ringsim.schedule import Schedule
 from ringsim.simulation import simulate
+from ringsim.simulation.programs import Programs, Told, turning
 from ringsim.timeline import Timeline
 from ringsim.workload import Workload
 
@@ -39,14 +41,15 @@ def agree(schedule, on, **options):
 
 
 def made(world_size, tokens=2048, **options):
-    mask, partition, sync = options.pop("mask", "full"), options.pop("partition", "contiguous"), options.pop("sync", "free")
-    work = Workload(q_len=tokens * world_size, mask=mask_named(mask), **({"head_dim": 128, "dtype": "bfloat16"} | options))
-    return Schedule(workload=work, world_size=world_size, partition=partition, sync=sync)
+    ways = {name: options.pop(name) for name in ("partition", "sync", "strategy") if name in options}
+    mask = mask_named(options.pop("mask", "full"))
+    work = Workload(q_len=tokens * world_size, mask=mask, **({"head_dim": 128, "dtype": "bfloat16"} | options))
+    return Schedule(workload=work, world_size=world_size, **ways)
 
 
 KINDS = (("full", "contiguous"), ("causal", "contiguous"), ("causal", "zigzag"), ("causal", "striped"))
 PER_NODE = {"alps-gh200": 4, "dgx-a100": 2, "dgx-h100-cluster": 8, "dgx-h100-cluster-tcp": 8, "frontier": 8, "l20-pcie": 4}
-PER_NODE |= {"perlmutter": 4, "rtx4090-pcie": 2}
+PER_NODE |= {"perlmutter": 4, "rtx4090-pcie": 2, "laptop": 4}
 
 
 @pytest.mark.parametrize("name", topology.names())
@@ -98,6 +101,9 @@ DEFAULTS |= {"eager": "0 B", "look": "0 s", "share": 0, "slowed": 0, "machine": 
 
 def paper(*, given=(), place=None, **choices):
     return topology.parse(MACHINE.format(**(DEFAULTS | choices)), "paper.yaml", given, place=place)
+
+
+PAPER = paper()
 
 
 def nodes(count, gpus, nics, join="switch", more=""):
@@ -170,7 +176,7 @@ PLACES = st.one_of(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=SHAPES,
     place=PLACES,
@@ -194,14 +200,73 @@ PLACES = st.one_of(
         (("full", "contiguous"), ("full", "striped"), ("causal", "zigzag"), ("causal", "zigzag"), ("causal", "striped"))
     ),
     sync=st.sampled_from(("free", "free", "step")),
+    strategy=st.sampled_from(
+        ("ring", "ring", "bidirectional", "q-ring", "pass-q", "token-ring", "double-ring(2)", "multi-ring(2)")
+    ),
     free_hops=st.booleans(),
 )
-def test_any_machine(shape, place, world_size, cores, choices, slow, kind, sync, free_hops):
+def test_any_machine(shape, place, world_size, cores, choices, slow, kind, sync, strategy, free_hops):
     given = {} if cores is None else {"devices.gpu.kind": "cpu", "devices.gpu.cores": cores}
     names = [vertex.name for vertex in paper(machine=shape).graph.vertices if vertex.kind == "device"]
     given |= {"replace": {names[number]: "slow" for number in slow}} if slow else {}
     on = paper(given=given, place=place, machine=shape, **choices)
-    agree(small(world_size, mask=kind[0], partition=kind[1], sync=sync), on, free_hops=free_hops)
+    assume(strategy != "double-ring(2)" or world_size % 2 == 0)
+    agree(small(world_size, mask=kind[0], partition=kind[1], sync=sync, strategy=strategy), on, free_hops=free_hops)
+
+
+WAYS = ("ring", "pass-q", "token-ring", "q-ring", "bidirectional", "double-ring(2)", "double-ring(2, 2)", "double-ring(4, 1)")
+ANY = st.sampled_from(("contiguous", "striped", "zigzag", "zigzag", "runs(0:3,1:9,2:3,3:9,0:9,1:3,2:9,3:3)"))
+
+
+def even(keys, by):
+    return all(keys[rank] == keys[(rank + by) % len(keys)] for rank in range(len(keys)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    strategy=st.sampled_from(WAYS),
+    world_size=st.sampled_from((4, 8, 12)),
+    tokens=st.sampled_from((0, 1, 2, 12, 20)),
+    more=st.sampled_from((0, 0, 0, 1, 3)),
+    mask=st.sampled_from(("full", "full", "causal", "causal", "window(7)", "window(30, 5)", "documents(24,24,24,24)", "~causal")),
+    partition=ANY,
+    heads=st.sampled_from((1, 4)),
+    sync=st.sampled_from(("free", "step")),
+    lengths=st.sampled_from((None, None, None, (20, 48))),
+    kv_tokens=st.sampled_from((None, 8)),
+)
+def test_ranks_that_are_told_the_same_do_the_same(
+    strategy, world_size, tokens, more, mask, partition, heads, sync, lengths, kv_tokens
+):
+    length = 48 if partition.startswith("runs") else tokens * world_size + more
+    world_size = 4 if partition.startswith("runs") else world_size
+    batch, kv_len = 2 if lengths else 1, length if kv_tokens is None or partition.startswith("runs") else kv_tokens * world_size
+    assume(not lengths or max(lengths) <= max(length, kv_len))
+    assume(mask_named(mask).extent in (None, length))
+    work = Workload(q_len=length, kv_len=kv_len, batch=batch, heads=heads, mask=mask_named(mask), lengths=lengths)
+    schedule = Schedule(workload=work, world_size=world_size, strategy=strategy, partition=partition, sync=sync)
+    by = turning(schedule)
+    assume(by is not None)
+    told = list(map(Told(schedule).key, range(world_size)))
+    programs = Programs(schedule, [Costs(PAPER.device(PAPER.devices[0]), work)] * world_size)
+    keys = [programs.key(rank) for rank in range(world_size)]
+    for ranks in (count for count in range(by, world_size, by) if world_size % count == 0):
+        assert not even(told, ranks) or even(keys, ranks)
+
+
+@pytest.mark.parametrize(("mask", "partition"), [("full", "contiguous"), ("causal", "zigzag")])
+@pytest.mark.parametrize("strategy", ["ring", "double-ring(8)", "token-ring"])
+def test_large_worlds_fold_by_what_they_are_told(mask, partition, strategy):
+    schedule = made(40, mask=mask, partition=partition, strategy=strategy, heads=8)
+    assert turning(schedule) is not None
+    assert agree(schedule, topology.load("dgx-h100-cluster", {"nodes": 5})) == 8
+
+
+def test_what_cuts_rows_turns_only_where_all_are_seen():
+    assert turning(made(8, strategy="q-ring")) == turning(made(8, strategy="bidirectional")) == 1
+    assert turning(made(8, strategy="q-ring", mask="causal")) is None
+    assert turning(made(8, strategy="multi-ring(2)", heads=2)) is None
+    assert turning(Schedule.from_text(made(4).to_text())) is None
 
 
 def test_a_folded_timeline_is_as_any_other():

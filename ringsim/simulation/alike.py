@@ -6,18 +6,18 @@ n of N alike messages cross then has n/N of its capacity for each of them; max-m
 
 from __future__ import annotations
 
-import hashlib
-import marshal
-from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
-from ..costs import Cost, Costs
-from ..schedule import Compute, Schedule, Send, Wait
+from ..costs import Costs
+from ..schedule import Schedule
 from ..topology import Path, Topology
 from .ground import Ground
+from .programs import Programs, Told, turning
 
-ROUNDING = 1e-14
-"""Of a price: the same sum in another order."""
+SMALL = 32
+"""Ranks up to which all programs are read, whatever is known of their strategy."""
 FIGURES = (
     "starts",
     "latencies_s",
@@ -33,83 +33,31 @@ FIGURES = (
 
 
 def folded(schedule: Schedule, topology: Topology, placed: Sequence[int], costs: Sequence[Costs]) -> Ground | None:
-    """The ground of the fewest ranks that stand for all, or None where no rank stands for another."""
-    world_size = schedule.world_size
-    programs = Programs(schedule, costs)
-    for ranks in (count for count in range(1, world_size) if world_size % count == 0):
+    """The ground of the fewest ranks that stand for all, or None where no rank stands for another.
+
+    All programs are read and compared. In a large world that would take longer than to simulate: where the strategy is known to
+    turn with its rank, what it is told of each rank is compared instead, and of the programs a few.
+    """
+    world_size, programs = schedule.world_size, Programs(schedule, costs)
+    by = turning(schedule) if world_size > SMALL else None
+    key = programs.key if by is None else cache(Told(schedule).key)
+    for ranks in (count for count in range(by or 1, world_size, by or 1) if world_size % count == 0):
         devices = _devices(topology, placed, ranks)
-        if devices is None or programs.key(0) != programs.key(ranks):
+        if devices is None or key(0) != key(ranks):
             continue
         resources = _resources(topology, placed, ranks, programs)
-        if resources is not None and all(programs.key(rank - ranks) == programs.key(rank) for rank in range(ranks, world_size)):
+        if resources is None or any(key(rank - ranks) != key(rank) for rank in range(ranks, world_size)):
+            continue
+        if all(programs.key(rank) == programs.key(other) for rank, other in _samples(ranks, world_size)):
             return Ground(topology=topology, placed=tuple(placed), ranks=ranks, devices=devices, resources=resources)
     return None
 
 
-class Programs:
-    """What each rank's program is, but for whom it talks to, in a few bytes; made when first asked for."""
-
-    def __init__(self, schedule: Schedule, costs: Sequence[Costs]) -> None:
-        self._schedule = schedule
-        self._costs = costs
-        self._keys: dict[int, bytes] = {}
-        self._distances: dict[int, tuple[int, ...]] = {}
-        self._names: dict[str, int] = {}
-        self._prices = _Prices()
-
-    def key(self, rank: int) -> bytes:
-        """Equal for ranks whose programs differ only in who they are."""
-        if rank not in self._keys:
-            self._read(rank)
-        return self._keys[rank]
-
-    def distances(self, rank: int) -> tuple[int, ...]:
-        """How far up the ring those are whom the rank sends to."""
-        if rank not in self._distances:
-            self._read(rank)
-        return self._distances[rank]
-
-    def _read(self, rank: int) -> None:
-        world_size, costs, names = self._schedule.world_size, self._costs[rank], self._names
-        ops: list[tuple[int | tuple[int, ...], ...]] = []
-        sent: dict[int, None] = {}
-        for op in self._schedule.program(rank):
-            head = (op.id, op.step, names.setdefault(op.phase, len(names)))
-            if isinstance(op, Compute):
-                ops.append((0, *head, names.setdefault(op.kernel, len(names)), self._prices.number(costs.cost(op))))
-            elif isinstance(op, Wait):
-                ops.append((1, *head, op.posts))
-            else:
-                distance, sends = (op.peer - rank) % world_size, isinstance(op, Send)
-                ops.append((2 + sends, *head, op.region.nbytes, distance, op.tag))
-                if sends:
-                    sent[distance] = None
-        self._keys[rank] = hashlib.blake2b(marshal.dumps(ops, 2)).digest()
-        self._distances[rank] = tuple(sent)
-
-
-class _Prices:
-    """Numbers prices; those that differ by rounding have the same number."""
-
-    def __init__(self) -> None:
-        self._known: dict[Cost, int] = {}
-        self._sorted: list[tuple[float, int, int]] = []
-
-    def number(self, cost: Cost) -> int:
-        found = self._known.get(cost)
-        if found is None:
-            found = self._known[cost] = self._near(cost)
-        return found
-
-    def _near(self, cost: Cost) -> int:
-        begin = bisect_left(self._sorted, (cost.seconds * (1 - ROUNDING), 0, 0))
-        for seconds, pieces, number in self._sorted[begin:]:
-            if seconds > cost.seconds * (1 + ROUNDING):
-                break
-            if pieces == cost.pieces:
-                return number
-        insort(self._sorted, (cost.seconds, cost.pieces, len(self._known)))
-        return len(self._known)
+def _samples(ranks: int, world_size: int) -> Iterator[tuple[int, int]]:
+    """Some ranks, each with one that is to be like it."""
+    folds = world_size // ranks
+    for rank, turns in ((0, 1), (ranks // 2, folds // 2), (ranks - 1, folds - 1)):
+        yield rank, rank + turns * ranks
 
 
 class _Turn:
@@ -146,22 +94,31 @@ def _devices(topology: Topology, placed: Sequence[int], ranks: int) -> dict[int,
 
 def _resources(topology: Topology, placed: Sequence[int], ranks: int, programs: Programs) -> dict[int, tuple[int, int]] | None:
     """Each resource with the first of those alike, and how many they are, if paths turn onto paths like them."""
-    turn, crossed = _Turn(), []
+    turn, crossed, threads = _Turn(), [], Counter[tuple[str, int]]()
     for rank in range(ranks):
         for distance in programs.distances(rank):
             paths = _paths(topology, placed, range(rank, len(placed) + 1 + rank, ranks), distance)
-            crossed.append((before := next(paths)).resources)
-            if before.drives == "both" and before.progress in ("handshake", "polling"):
-                # which of two looks at one instant comes first is the order of ranks: alike ranks do not stay alike
+            before = next(paths)
+            crossed.append(before.resources)
+            if before.progress == "thread":
+                threads.update((("from", rank), ("to", (rank + distance) % ranks)))
+            if not _timed(topology, placed[rank], before):
                 return None
             for path in paths:
                 if not _alike(before, path) or not _turns(topology, turn, before.resources, path.resources):
                     return None
                 before = path
     cycles = turn.cycles()
-    # a message over two resources alike would stand for two on each
+    # a message over two resources alike would stand for two on each, and a thread copies in the order in which ranks come
     twice = any(len({cycles[number][0] for number in numbers}) < len(numbers) for numbers in crossed)
-    return None if twice else cycles
+    return None if twice or any(count > 1 for count in threads.values()) else cycles
+
+
+def _timed(topology: Topology, device: int, path: Path) -> bool:
+    """Whether times alone decide what happens on a path: where ranks must look, it is also which comes first at one instant."""
+    if path.progress == "handshake":
+        return topology.device(device).kind == "gpu" and path.drives != "both" and not path.look_s
+    return path.progress != "polling"
 
 
 def _paths(topology: Topology, placed: Sequence[int], ranks: Iterable[int], distance: int) -> Iterator[Path]:

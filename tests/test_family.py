@@ -207,3 +207,14 @@ def test_family(name):
 
     check()
     assert ran[name] >= LEAST
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_a_default_may_be_written(name):
+    defaults = {p.name: p.default for p in STRATEGIES[name].parameters if p.default is not p.empty}
+    world_size = next(world for world in WORLDS if written(name, world, KV_HEADS[-1]))
+    needed = written(name, world_size, KV_HEADS[-1])[0].rstrip(")").split("(")[1:]
+    words = ", ".join([*needed, *(f"{key}={value}" for key, value in defaults.items())])
+    text = f"{name}({words})" if words else name
+    made = Schedule(workload=Workload(q_len=3, heads=KV_HEADS[-1]), world_size=world_size, strategy=text)
+    assert made.strategy == written(name, world_size, KV_HEADS[-1])[0]

@@ -153,7 +153,7 @@ BROKEN = {
     "a missing wait": (r"^  7 wait .*\n", "", "has id 8; its place is 7"),
     "a wait for what was never posted": (r"(?m)^(  7 wait .*posts=)1$", r"\g<1>99", "not outstanding"),
     "a wait too few": (r"(?m)^(  7 wait .*posts=)1$", r"\g<1>2", "without waiting"),
-    "a stale version": (r"(max|acc|sum)\[1\]\.1;", r"\g<1>[1].7;", "which holds"),
+    "a stale version": (r"(max|acc|sum)\[1\]\.1;", r"\g<1>[1].7;", "in place of"),
     "another block than the one sent": (r"(?m)^(  1 recv .*)=k\[0\]\.0$", r"\g<1>=k[2].0", "the matching send carries"),
     "a tag that nobody sends": (r"(?m)^(  9 recv .*)tag=1", r"\g<1>tag=5", "deadlock"),
     "tiles twice": (r"(?m)^(  5 compute .*tiles=)(\S+)$", r"\g<1>\g<2>;\g<2>", "covered 2 times"),

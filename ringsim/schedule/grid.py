@@ -26,16 +26,16 @@ def _mark(op: Op, rank: int) -> str:
         if op.kernel != "attend":
             return ""
         queries, keys = (_owner(region.value) for region in op.reads[:2])
-        visitor = "" if queries == rank else f"q{queries}:"
+        visitor = "" if queries == str(rank) else f"q{queries}:"
         return f"{visitor}a{keys}{'~' if any(tile.masked for tile in op.tiles) else ''}"
     if isinstance(op, Send) and op.phase != "barrier":
         return f"{op.region.buffer}>{op.peer}"
     return ""
 
 
-def _owner(value: str) -> int:
-    """The rank in a value such as ``k[3]`` or ``k[3|0:50|0:2]``."""
-    return int(value.partition("[")[2].rstrip("]").partition("|")[0])
+def _owner(value: str) -> str:
+    """The rank in a value such as ``k[3]`` or ``k[3|0:50|0:2]``; nothing in one that a fault has garbled."""
+    return value.partition("[")[2].rstrip("]").partition("|")[0]
 
 
 def grid(schedule: Schedule, *, most_ranks: int = 16, fault: tuple[int, int] | None = None) -> str:

@@ -184,9 +184,14 @@ class Job:
         if match is None:
             raise ScheduleError(f"{value!r} names no block of a rank")
         rank = int(match[2])
+        if rank >= self.world_size:
+            raise ScheduleError(f"{value!r} names a block of rank {rank}; there are {self.world_size}")
+        whole = self.kv_block(rank) if match[1] in "kv" else self.q_block(rank)
         if match[3] is None:
-            return self.kv_block(rank) if match[1] in "kv" else self.q_block(rank)
+            return whole
         low, high, first, end = map(int, match.groups()[2:])
+        if not (low <= high <= whole.rows[1] and first <= end <= whole.heads[1]):
+            raise ScheduleError(f"{value!r} names no block of rank {rank}, which has {whole.rows[1]} rows")
         return Block(rank, (low, high), (first, end))
 
     def _width(self, name: str) -> int:

@@ -111,16 +111,17 @@ def find(text: str) -> Choice:
     except TypeError as error:
         raise WorkloadError(f"strategy {text!r}: {error}; write {known.usage}") from None
     bound.apply_defaults()
-    return Choice(known, tuple(_whole(text, name, value) for name, value in bound.arguments.items()))
+    return Choice(known, tuple(_whole(text, p, bound.arguments[p.name]) for p in known.parameters))
 
 
-def _whole(text: str, name: str, value: Any) -> int:
+def _whole(text: str, parameter: inspect.Parameter, value: Any) -> int:
+    name = parameter.name
     if isinstance(value, int):
         return value
     try:
         count = parse_tokens(value)
     except RingsimError as error:
         raise WorkloadError(f"strategy {text!r}: {name}: {error}") from None
-    if count < 1:
+    if count < 1 and count != parameter.default:
         raise WorkloadError(f"strategy {text!r}: {name} is {count}; it must be 1 or more")
     return count

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ..errors import ScheduleError
 from ..tile import IntArray, Tile
+from .contents import Contents, misformed
 from .emitter import hazards
 from .grid import grid
 from .ops import Compute, Op, Post, Recv, Region, Send, Wait
@@ -57,11 +58,13 @@ def _fault(schedule: Schedule, rank: int, op: Op | None, message: str) -> Schedu
 
 
 def _check_order(schedule: Schedule, rank: int, ops: tuple[Op, ...]) -> None:
-    """Ids count up, and waits stand wherever a region demands one."""
+    """Ids count up, regions have the form that is asked of them, and waits stand wherever one demands it."""
     outstanding: dict[int, Post] = {}
     for index, op in enumerate(ops):
         if op.id != index:
             raise _fault(schedule, rank, op, f"has id {op.id}; its place is {index}")
+        if (wrong := _misused(schedule, rank, op)) is not None:
+            raise _fault(schedule, rank, op, wrong)
         if isinstance(op, Wait):
             unknown = [post for post in op.posts if post not in outstanding]
             if unknown:
@@ -78,6 +81,21 @@ def _check_order(schedule: Schedule, rank: int, ops: tuple[Op, ...]) -> None:
             outstanding[op.id] = op
     if outstanding:
         raise _fault(schedule, rank, None, f"ends with posts {sorted(outstanding)} that nothing waits for")
+
+
+def _misused(schedule: Schedule, rank: int, op: Op) -> str | None:
+    """What is wrong with an op's regions as such, or None."""
+    if isinstance(op, Wait):
+        return None
+    written = op.writes if isinstance(op, Compute) else (op.region,) if isinstance(op, Recv) else ()
+    if over := [region for region in written if (region.buffer, region.slot) in INPUTS]:
+        return f"writes over the caller's {over[0].buffer}"
+    if isinstance(op, Compute):
+        return misformed(schedule.job, rank, op)
+    if not op.region.dense:
+        return f"moves {op.region.value}, which is not dense"
+    limit = schedule.max_message_nbytes
+    return f"moves {op.region.nbytes} B at once; at most {limit} are allowed" if op.region.nbytes > limit else None
 
 
 @dataclass(slots=True)
@@ -118,6 +136,7 @@ class _Replay:
     def __init__(self, schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> None:
         self._schedule = schedule
         self._places = {rank: _Place(ops) for rank, ops in programs.items()}
+        self._contents = Contents(schedule.job)
         self._sends: dict[tuple[int, int, int], deque[tuple[int, Send]]] = defaultdict(deque)
         self._recvs: dict[tuple[int, int, int], deque[tuple[int, Recv]]] = defaultdict(deque)
 
@@ -129,6 +148,8 @@ class _Replay:
             if place.next < len(place.ops):
                 op = place.ops[place.next]
                 raise _fault(self._schedule, rank, op, f"waits for ever for op(s) {list(getattr(op, 'posts', ()))}: deadlock")
+        if (wrong := self._contents.end()) is not None:
+            raise _fault(self._schedule, wrong[0], None, wrong[1])
 
     def _advance(self, rank: int) -> bool:
         place, start = self._places[rank], self._places[rank].next
@@ -140,6 +161,8 @@ class _Replay:
             elif isinstance(op, Compute):
                 for region in op.reads:
                     self._check_read(rank, op, region)
+                if (wrong := self._contents.follow(rank, op)) is not None:
+                    raise _fault(self._schedule, rank, op, wrong)
                 for region in op.writes:
                     place.write(region)
             else:
@@ -236,7 +259,7 @@ def _check_coverage(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> 
 
 def _covers(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> Iterator[Tile]:
     """The tiles over queries of the ranks in `programs`, wherever they are computed, with heads counted from the first of all."""
-    job, checked = schedule.job, set()
+    job = schedule.job
     for rank in range(schedule.world_size):
         for op in programs.get(rank) or schedule.program(rank, whole=True):
             if not isinstance(op, Compute) or op.kernel != "attend":
@@ -244,9 +267,7 @@ def _covers(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> Iterator
             queries = job.block(op.reads[0].value)
             if queries.rank not in programs:
                 continue
-            if (key := (op.reads[0].value, op.reads[1].value)) not in checked:
-                checked.add(key)
-                _check_rows(schedule, rank, op)
+            _check_rows(schedule, rank, op)
             first, _ = job.q_heads(queries)
             for tile in op.tiles:
                 yield replace(tile, heads=(tile.heads[0] + first, tile.heads[1] + first))
@@ -267,7 +288,10 @@ def _check_rows(schedule: Schedule, rank: int, op: Compute) -> None:
         ("q", job.q_partition.positions(queries.rank)[slice(*queries.rows)], work.q_offset),
         ("k", job.kv_partition.positions(keys.rank)[slice(*keys.rows)], work.kv_offset),
     )
+    (first, end), batch = job.q_heads(queries), work.batch
     for tile in op.tiles:
+        if not (0 <= tile.heads[0] <= tile.heads[1] <= end - first and 0 <= tile.batch[0] <= tile.batch[1] <= batch):
+            raise _fault(schedule, rank, op, f"a tile of heads {tile.heads} and sequences {tile.batch} goes beyond the block's")
         for name, positions, offset in sides:
             span = getattr(tile, name)
             if not np.array_equal(positions[span.row : span.row + span.count] + offset, span.positions()):

@@ -112,7 +112,7 @@ def test_a_straggler_with_kernels_slowed_by_hops(speed):
     slow = {"devices.slow": {"like": "h100", "speed": speed}, "replace": {"h100-3": "slow"}}
     found = find_breakeven(schedule(8), ringsim.load_topology("dgx-h100", slow))
     assert found.tokens < even.tokens
-    assert found.exposed > 0.05
+    assert found.exposed > 0.01
 
 
 def test_an_eager_threshold_is_a_turn():
@@ -169,9 +169,9 @@ def test_multiples():
 
 def test_no_smaller_block_than_the_figures_price():
     found = find_breakeven(schedule(8, kv_heads=8), ringsim.load_topology("dgx-h100"))
-    assert found.tokens == found.looked_from == 512
+    assert found.tokens == found.looked_from == 64
     causal = find_breakeven(schedule(8, kv_heads=8, mask=ringsim.Causal(), partition="zigzag"), ringsim.load_topology("dgx-h100"))
-    assert causal.looked_from == 1024
+    assert causal.looked_from == 128
 
 
 def test_a_node_boundary_decides():
@@ -232,9 +232,9 @@ def test_the_command_prints_a_line_a_machine(tmp_path):
     done = ringsim_command("breakeven", "ideal", "dgx-h100", *SHAPE, "--kv-heads", 8, "--json", where)
     assert done.exit_code == 0, done.output
     assert "250" in next(line for line in done.output.splitlines() if line.startswith("ideal"))
-    assert "<= 512" in next(line for line in done.output.splitlines() if line.startswith("dgx-h100"))
+    assert "<= 64" in next(line for line in done.output.splitlines() if line.startswith("dgx-h100"))
     facts = json.loads(where.read_text())["breakeven"]
-    assert [(one["machine"], one["tokens"]) for one in facts] == [("ideal", 250), ("dgx-h100", 512)]
+    assert [(one["machine"], one["tokens"]) for one in facts] == [("ideal", 250), ("dgx-h100", 64)]
 
 
 def test_what_if_of_a_break_even():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil, log2
+from typing import Any
 
 from .dtypes import ITEMSIZE, accumulator
 from .errors import BeyondFigures, TopologyError
@@ -46,12 +46,16 @@ class Costs:
         self.tables = _tables(device, workload, name)
         table = self.tables[0][1].micro_tile
         self.blocking = Blocking(q_rows=table.q_rows, k_rows=table.k_rows, edge_rows=table.edge_rows, exact=table.exact)
-        self._price = lru_cache(maxsize=65536)(self._attend)
+        self._prices: dict[tuple[tuple[Any, ...], ...], Cost] = {}
 
     def cost(self, op: Compute) -> Cost:
         """Device seconds and pieces of an op."""
         if op.kernel == "attend":
-            return self._price(op.tiles)
+            key = tuple(map(_shape, op.tiles))
+            found = self._prices.get(key)
+            if found is None:
+                found = self._prices[key] = self._attend(op.tiles)
+            return found
         overhead = sum(weight * self.device.overhead_s(table) for weight, table in self.tables)
         pieces = max(self.workload.batch * self.workload.heads, 1)
         return Cost(overhead + op.nbytes / (self.device.memory_bandwidth * self.device.speed), pieces)
@@ -81,6 +85,12 @@ class Costs:
             return 1.0
         # a block that is partly filled takes as long as a full one: a constant time until all units are busy
         return min(1.0, _copies(tile) * tile.q.count / (self.blocking.q_rows * self.device.units))
+
+
+def _shape(tile: Tile) -> tuple[Any, ...]:
+    """All of a tile that its price depends on; where it lies in the sequence is no part of that."""
+    shape = (tile.batch[1] - tile.batch[0], tile.heads[1] - tile.heads[0], tile.q.count, tile.k.count)
+    return (*shape, tile.lo, tile.hi, tile.q.start - tile.k.start, tile.q.step, tile.k.step) if tile.masked else shape
 
 
 def _copies(tile: Tile) -> int:

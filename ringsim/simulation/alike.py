@@ -6,9 +6,10 @@ n of N alike messages cross then has n/N of its capacity for each of them; max-m
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import Final
 
 from ..costs import Costs
 from ..schedule import Schedule
@@ -16,9 +17,9 @@ from ..topology import Path, Topology
 from .ground import Ground
 from .programs import Programs, Told, turning
 
-SMALL = 32
+SMALL: Final = 32
 """Ranks up to which all programs are read, whatever is known of their strategy."""
-FIGURES = (
+FIGURES: Final = (
     "starts",
     "latencies_s",
     "rates",
@@ -30,6 +31,8 @@ FIGURES = (
     "slowed_by_compute",
 )
 """Of a path: all that the simulator reads, but for its resources."""
+_RECENT: Final = deque[tuple[Schedule, Topology, Ground | None]](maxlen=2)
+"""What is simulated with hops is often simulated without them next."""
 
 
 def folded(schedule: Schedule, topology: Topology, placed: Sequence[int], costs: Sequence[Costs]) -> Ground | None:
@@ -38,6 +41,15 @@ def folded(schedule: Schedule, topology: Topology, placed: Sequence[int], costs:
     All programs are read and compared. In a large world that would take longer than to simulate: where the strategy is known to
     turn with its rank, what it is told of each rank is compared instead, and of the programs a few.
     """
+    for known, on, found in _RECENT:
+        if known is schedule and on is topology:
+            return found
+    found = _folded(schedule, topology, placed, costs)
+    _RECENT.append((schedule, topology, found))
+    return found
+
+
+def _folded(schedule: Schedule, topology: Topology, placed: Sequence[int], costs: Sequence[Costs]) -> Ground | None:
     world_size, programs = schedule.world_size, Programs(schedule, costs)
     by = turning(schedule) if world_size > SMALL else None
     key = programs.key if by is None else cache(Told(schedule).key)

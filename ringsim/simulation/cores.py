@@ -60,11 +60,15 @@ class Cores:
             self._set_alarm()
 
     def _rate(self) -> float:
-        return self._speed * min(1.0, self._capacity / self._running) if self._running else self._speed
+        if self._running <= self._capacity:
+            return self._speed
+        return self._speed * (self._capacity / self._running)
 
     def _advance(self) -> None:
-        self._virtual += (self._env.now - self._since) * self._rate()
-        self._since = self._env.now
+        now = self._env.now
+        if now != self._since:
+            self._virtual += (now - self._since) * self._rate()
+            self._since = now
 
     def _set_alarm(self) -> None:
         """One timer at a time; a stale one finds a newer number and does nothing."""

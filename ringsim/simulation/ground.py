@@ -23,7 +23,7 @@ class Ground:
     ranks: int
     devices: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     resources: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    _paths: dict[tuple[int, int], Path] = field(default_factory=dict, compare=False, repr=False)
+    _links: dict[tuple[int, int], tuple[Path, tuple[int, int]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def world_size(self) -> int:
@@ -48,20 +48,18 @@ class Ground:
         found = enumerate(self.topology.graph.resources)
         return [resource.capacity * self._share(self.resources, number) for number, resource in found]
 
-    def path(self, source: int, target: int) -> Path:
-        """The path between two ranks, one of which is simulated, over the resources that stand for its own."""
+    def link(self, source: int, target: int) -> tuple[Path, tuple[int, int]]:
+        """The path between two ranks, one of which is simulated, over the resources that stand for its own; and where their
+        messages meet: the simulated target, and how far they come.
+        """
         key = (source, target)
-        found = self._paths.get(key)
+        found = self._links.get(key)
         if found is None:
-            found = self.topology.path(self.placed[source], self.placed[target])
+            path = self.topology.path(self.placed[source], self.placed[target])
             if self.resources:
-                found = replace(found, resources=tuple(self.resources[number][0] for number in found.resources))
-            self._paths[key] = found
+                path = replace(path, resources=tuple(self.resources[number][0] for number in path.resources))
+            found = self._links[key] = path, (target % self.ranks, (target - source) % self.world_size)
         return found
-
-    def lane(self, source: int, target: int) -> tuple[int, int]:
-        """Where the messages from one rank to another meet: the simulated target, and how far they come."""
-        return target % self.ranks, (target - source) % self.world_size
 
     def carried(self, nbytes: Mapping[int, int]) -> Counter[int]:
         """Bytes over each real resource, given those over the ones that stand for them."""

@@ -24,6 +24,7 @@ class Posted:
 
     op: Send | Recv
     rank: int
+    nbytes: int
     posted_s: float
     done: simpy.Event
     path: Path
@@ -71,21 +72,21 @@ class Network:
         kinds = {topology.transport.progress, *(route.progress for route in topology.transport.paths.values())}
         self.driven = not free and bool(kinds & {"handshake", "polling"})
         self.wires = Wires(env, ground.capacities(), devices, cores)
-        self._halves: dict[tuple[int, int, int], deque[Posted]] = defaultdict(deque)
+        self._halves: dict[tuple[tuple[int, int], int], deque[Posted]] = defaultdict(deque)
         self.pending: list[deque[Transfer]] = [deque() for _ in cores]
         self._bells: list[simpy.Event] = [env.event() for _ in cores]
 
     def post(self, rank: int, op: Send | Recv) -> Posted:
         """Post one half; the message begins as soon as progress allows once the other half is there, or at once if eager."""
-        source, target = (rank, op.peer) if isinstance(op, Send) else (op.peer, rank)
-        path = self._ground.path(source, target)
-        half = Posted(op, rank, self._env.now, self._env.event(), path)
-        if isinstance(op, Send) and op.region.nbytes <= path.eager_nbytes:
+        sends, nbytes = isinstance(op, Send), op.region.nbytes
+        path, lane = self._ground.link(rank, op.peer) if sends else self._ground.link(op.peer, rank)
+        half = Posted(op, rank, nbytes, self._env.now, simpy.Event(self._env), path)
+        if sends and nbytes <= path.eager_nbytes:
             self._leave(half)
-        waiting = self._halves[*self._ground.lane(source, target), op.tag]
-        if waiting and isinstance(waiting[0].op, Send) != isinstance(op, Send):
+        waiting = self._halves[lane, op.tag]
+        if waiting and isinstance(waiting[0].op, Send) != sends:
             other = waiting.popleft()
-            self._match(*((half, other) if isinstance(op, Send) else (other, half)))
+            self._match(*((half, other) if sends else (other, half)))
             return half
         waiting.append(half)
         return half
@@ -93,7 +94,7 @@ class Network:
     def _match(self, send: Posted, recv: Posted) -> None:
         transfer = send.transfer
         if transfer is None:
-            transfer = send.transfer = Transfer(send.path, send, recv, self._env.now, send.op.region.nbytes)
+            transfer = send.transfer = Transfer(send.path, send, recv, self._env.now, send.nbytes)
             recv.transfer = transfer
             self._begin(transfer, recv)
             return
@@ -108,7 +109,7 @@ class Network:
 
     def _leave(self, send: Posted) -> None:
         """An eager message goes without its receiver: hardware takes it there, or the host has put it in a buffer."""
-        send.transfer = transfer = Transfer(send.path, send, None, self._env.now, send.op.region.nbytes)
+        send.transfer = transfer = Transfer(send.path, send, None, self._env.now, send.nbytes)
         if send.path.copied or self.free:
             transfer.start_s = self._env.now
             send.finish(self._env.now)

@@ -119,24 +119,30 @@ class Told:
         self._keys = [self._job.kv_partition.spans(rank) for rank in ranks]
         self._numbers: dict[Any, int] = {(): 0}
         self._pairs: dict[Any, int] = {}
+        self._lying = [[self._lies(span) for span in spans] for spans in self._keys]
 
     def key(self, rank: int) -> bytes:
         """Equal for ranks that are told the same."""
         lie = tuple(tuple((span.row, span.count, span.step) for span in spans[rank]) for spans in (self._queries, self._keys))
         others = () if self._same else (*range(rank, -1, -1), *range(len(self._keys) - 1, rank, -1))
-        return hashlib.blake2b(marshal.dumps((lie, [self._work(rank, other) for other in others]), 2)).digest()
+        mine = [self._lies(span) for span in self._queries[rank]]
+        return hashlib.blake2b(marshal.dumps((lie, [self._work(rank, mine, other) for other in others]), 2)).digest()
 
-    def _work(self, rank: int, other: int) -> int:
+    def _lies(self, span: Span) -> tuple[int, int]:
+        """Where a span begins, and what it is like as a number; of a mask that compares more than distances, it is alone."""
+        shape = (span.count, span.step) if self._anywhere else (span.start, span.count, span.step)
+        return span.start, self._number(shape)
+
+    def _work(self, rank: int, mine: list[tuple[int, int]], other: int) -> int:
         """What the queries of one rank have to do with the keys of another, as a number."""
-        pairs, anywhere = self._pairs, self._anywhere
-        found = []
-        for q in self._queries[rank]:
-            for k in self._keys[other]:
+        pairs, found = self._pairs, []
+        for i, (q_start, q_shape) in enumerate(mine):
+            for j, (k_start, k_shape) in enumerate(self._lying[other]):
                 # where a mask compares distances, so does what it leaves
-                key = (q.start - k.start if anywhere else (q.start, k.start), q.count, k.count, q.step, k.step)
+                key = (q_start - k_start, q_shape, k_shape)
                 number = pairs.get(key)
                 if number is None:
-                    number = pairs[key] = self._number(self._tiles(rank, q, other, k))
+                    number = pairs[key] = self._number(self._tiles(rank, self._queries[rank][i], other, self._keys[other][j]))
                 if number:
                     found.append(number)
         found.sort()

@@ -126,19 +126,31 @@ class _Rank:
         self._free = network.free
 
     def walk(self) -> Process:
+        post, posts = self._network.post, self._posts
         for op in self._schedule.program(self._rank):
             if isinstance(op, Send | Recv):
-                self._posts[op.id] = self._network.post(self._rank, op)
-            elif isinstance(op, Wait):
-                yield from self._wait(op)
-            else:
+                posts[op.id] = post(self._rank, op)
+            elif isinstance(op, Compute):
                 yield from self._compute(op)
+            else:
+                awaited = [posts.pop(number) for number in op.posts]
+                start_s = self._env.now
+                if not all(half.done.triggered for half in awaited):
+                    yield from self._wait(awaited)
+                self._record_wait(op, awaited, start_s)
 
     def _compute(self, op: Compute) -> Process:
-        start_s, cost = self._env.now, self._costs.cost(op)
-        run = self._run if self._costs.device.kind == "cpu" else self._launch
-        polled_s = yield from run(cost)
-        polled_s += yield from self._look()
+        start_s, cost, polled_s = self._env.now, self._costs.cost(op), 0.0
+        if self._costs.device.kind == "cpu":
+            polled_s = yield from self._run(cost)
+        elif self._network.driven:
+            polled_s = yield from self._launch(cost)
+        else:
+            self._network.wires.computing(self._rank, 1)
+            yield self._cores.start(cost.seconds).done
+            self._network.wires.computing(self._rank, -1)
+        if self._network.pending[self._rank]:
+            polled_s += yield from self._look()
         self._record(op, op.kernel, start_s, cpu_s=cost.seconds, poll_s=polled_s)
 
     def _run(self, cost: Cost) -> Generator[simpy.Event, Any, float]:
@@ -169,8 +181,6 @@ class _Rank:
             self._network.wires.computing(self._rank, -1)
 
         job.done.callbacks.append(end)
-        if not self._network.driven:
-            yield job.done
         while not ended_s:
             if self._network.pending[self._rank]:
                 yield from self._look()
@@ -184,9 +194,7 @@ class _Rank:
         yield from self._network.look(self._rank)
         return self._env.now - before_s
 
-    def _wait(self, op: Wait) -> Process:
-        start_s = self._env.now
-        posts = [self._posts[post] for post in op.posts]
+    def _wait(self, posts: list[Posted]) -> Process:
         look_s = 0.0 if self._free else max(post.path.look_s for post in posts)
         if not self._network.driven:
             yield from self._sleep(posts, look_s)
@@ -200,7 +208,6 @@ class _Rank:
                 yield self._env.all_of(missing) | self._network.bell(self._rank)
                 if look_s:
                     yield self._env.timeout(look_s)
-        self._record_wait(op, posts, start_s)
 
     def _sleep(self, posts: list[Posted], look_s: float) -> Process:
         """Wait where nobody has to look: one event after the other, which is much cheaper than all at once."""
@@ -217,7 +224,7 @@ class _Rank:
         late = min(max(last.matched_s - start_s, 0.0), duration)
         moving = _covered([(max(transfer.start_s, start_s + late), done_s) for done_s, transfer in moves])
         for post in posts:
-            self._record_post(self._posts.pop(post.op.id))
+            self._record_post(post)
         self._record(op, "wait", start_s, late_s=late, transfer_s=moving, progress_s=max(duration - late - moving, 0.0))
 
     def _record_post(self, post: Posted) -> None:
@@ -230,7 +237,7 @@ class _Rank:
             phase=post.op.phase,
             start_s=post.posted_s,
             end_s=post.done_s,
-            nbytes=post.op.region.nbytes,
+            nbytes=post.nbytes,
             peer=post.op.peer,
             tag=post.op.tag,
         )

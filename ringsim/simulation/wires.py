@@ -75,8 +75,9 @@ class Wires:
 
     def _land(self, lane: deque[Load]) -> None:
         load = lane.popleft()
-        for device in load.ends:
-            self._slowed[device].pop(load, None)
+        if load.path.slowed_by_compute:
+            for device in load.ends:
+                self._slowed[device].pop(load, None)
         self._take(load, -1)
         load.on_moved()
         if lane:
@@ -86,14 +87,18 @@ class Wires:
         """The device's kernels lose the largest share that a message in flight takes."""
         if not load.path.device_share or load.path.copied:
             return
+        share = load.path.device_share
         for device in set(load.ends):
             shares = self._shares[device]
-            shares[load.path.device_share] += sign
-            self._cores[device].set_speed(1.0 - max((share for share, number in shares.items() if number), default=0.0))
+            shares[share] += sign
+            if not shares[share]:
+                del shares[share]
+            self._cores[device].set_speed(1.0 - max(shares, default=0.0))
 
     def _rate(self, load: Load) -> float:
-        busy = not load.path.copied and any(self._computing[device] for device in load.ends)
-        return load.path.rate(load.nbytes) * (1.0 - load.path.slowed_by_compute * busy)
+        path = load.path
+        busy = path.slowed_by_compute and not path.copied and any(self._computing[device] for device in load.ends)
+        return path.rate(load.nbytes) * (1.0 - path.slowed_by_compute) if busy else path.rate(load.nbytes)
 
     def computing(self, rank: int, sign: int) -> None:
         """A kernel of `rank` begins (1) or ends (-1), or stands still meanwhile."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
@@ -151,20 +150,16 @@ class Graph:
         return None
 
     def _shortest(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> tuple[Edge, ...] | None:
-        distance = self._distances(source, target, avoid, closed)
-        if source not in distance:
+        distance = self._between(source, target, avoid, closed)
+        if not distance:
             return None
         width, onward = {target: inf}, dict[int, Edge]()
         for here in distance:
-            if here == target or distance[here] > distance[source] or (distance[here] == distance[source] and here != source):
-                continue
-            for edge in map(self.edges.__getitem__, self.out[here]):
-                if edge.link in avoid or distance.get(edge.target) != distance[here] - 1 or edge.target not in width:
+            for edge in map(self.edges.__getitem__, self.out[here]) if here != target else ():
+                if edge.link in avoid or distance.get(edge.target) != distance[here] - 1:
                     continue
                 if min(edge.rate, width[edge.target]) > width.get(here, 0.0):
                     width[here], onward[here] = min(edge.rate, width[edge.target]), edge
-            if here != source and not self._passes(here, closed):
-                width.pop(here, None)
         route, here = [], source
         while here != target:
             route.append(onward[here])
@@ -175,21 +170,52 @@ class Graph:
         """Whether a route may pass through a vertex."""
         return self.vertices[vertex].passes_on and vertex not in closed
 
-    def _distances(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> dict[int, int]:
-        """Wires to `target` from all that lies no further than `source`, the nearest first."""
-        distance, queue = {target: 0}, deque([target])
-        while queue:
-            here = queue.popleft()
-            if here == source:
+    def _between(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> dict[int, int]:
+        """Wires to `target` from all that lies on a shortest way from `source`, the nearest first; nothing if there is no way.
+
+        Looks from both ends in turn, from where there is less to look at: half of the way each reaches far less than all of it.
+        """
+        ends = {source, target}
+        rings = ([[source]], [[target]])
+        seen = ({source}, {target})
+        while True:
+            side = 0 if len(rings[0][-1]) <= len(rings[1][-1]) else 1
+            fresh = self._next(rings[side][-1], avoid, seen[side])
+            meeting = [
+                vertex for vertex in fresh if vertex in seen[1 - side] and (vertex in ends or self._passes(vertex, closed))
+            ]
+            if meeting:
                 break
-            if here != target and not self._passes(here, closed):
-                continue
+            if not fresh:
+                return {}
+            rings[side].append([vertex for vertex in fresh if self._passes(vertex, closed)])
+        # from there back to either end, ring by ring
+        ways = [self._trace(meeting, rings[side], avoid), self._trace(meeting, rings[1 - side][:-1], avoid)]
+        behind, ahead = ways if side == 0 else ways[::-1]
+        found = [*reversed(ahead), meeting, *behind]
+        return {vertex: distance for distance, ring in enumerate(found) for vertex in ring}
+
+    def _next(self, ring: Iterable[int], avoid: frozenset[str], seen: set[int]) -> list[int]:
+        """What lies one wire further, and was not seen before."""
+        fresh: dict[int, None] = {}
+        for here in ring:
             for number in self.out[here]:
                 edge = self.edges[number]
-                if edge.link not in avoid and edge.target not in distance:
-                    distance[edge.target] = distance[here] + 1
-                    queue.append(edge.target)
-        return distance
+                if edge.target not in seen and edge.link not in avoid:
+                    fresh[edge.target] = None
+        seen.update(fresh)
+        return list(fresh)
+
+    def _trace(self, start: list[int], rings: Sequence[list[int]], avoid: frozenset[str]) -> list[list[int]]:
+        """Of each ring, from the last, what lies next to what was found of the one after it, or to `start`."""
+        found = []
+        for ring in reversed(rings):
+            near = {
+                self.edges[number].target for here in start for number in self.out[here] if self.edges[number].link not in avoid
+            }
+            start = [vertex for vertex in ring if vertex in near]
+            found.append(start)
+        return found
 
     def route_resources(self, route: tuple[Edge, ...]) -> tuple[int, ...]:
         """All that a message on the route shares, in its order: wires, switches, egress and ingress of all that it passes."""

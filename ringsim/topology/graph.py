@@ -80,6 +80,7 @@ class Graph:
     numbers: dict[str, int] = field(default_factory=dict)
     nics: dict[int, list[frozenset[int]]] = field(default_factory=dict)
     own: dict[int, frozenset[int]] = field(default_factory=dict)
+    usable: dict[frozenset[str], tuple[int, list[list[Edge]]]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def devices(self) -> list[int]:
@@ -150,15 +151,13 @@ class Graph:
         return None
 
     def _shortest(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> tuple[Edge, ...] | None:
-        distance = self._between(source, target, avoid, closed)
+        distance, out = self._between(source, target, avoid, closed), self._open(avoid)
         if not distance:
             return None
         width, onward = {target: inf}, dict[int, Edge]()
-        for here in distance:
-            for edge in map(self.edges.__getitem__, self.out[here]) if here != target else ():
-                if edge.link in avoid or distance.get(edge.target) != distance[here] - 1:
-                    continue
-                if min(edge.rate, width[edge.target]) > width.get(here, 0.0):
+        for here, away in distance.items():
+            for edge in out[here] if away else ():
+                if distance.get(edge.target) == away - 1 and min(edge.rate, width[edge.target]) > width.get(here, 0.0):
                     width[here], onward[here] = min(edge.rate, width[edge.target]), edge
         route, here = [], source
         while here != target:
@@ -166,56 +165,39 @@ class Graph:
             here = onward[here].target
         return tuple(route)
 
-    def _passes(self, vertex: int, closed: frozenset[int]) -> bool:
-        """Whether a route may pass through a vertex."""
-        return self.vertices[vertex].passes_on and vertex not in closed
+    def _open(self, avoid: frozenset[str]) -> list[list[Edge]]:
+        """The edges out of each vertex over links that are not avoided, in order."""
+        found = self.usable.get(avoid)
+        if found is None or found[0] != len(self.edges):
+            of_each = [[self.edges[number] for number in numbers if self.edges[number].link not in avoid] for numbers in self.out]
+            found = self.usable[avoid] = len(self.edges), of_each
+        return found[1]
 
     def _between(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> dict[int, int]:
         """Wires to `target` from all that lies on a shortest way from `source`, the nearest first; nothing if there is no way.
 
         Looks from both ends in turn, from where there is less to look at: half of the way each reaches far less than all of it.
         """
-        ends = {source, target}
+        out, vertices, ends = self._open(avoid), self.vertices, (source, target)
         rings = ([[source]], [[target]])
         seen = ({source}, {target})
         while True:
             side = 0 if len(rings[0][-1]) <= len(rings[1][-1]) else 1
-            fresh = self._next(rings[side][-1], avoid, seen[side])
-            meeting = [
-                vertex for vertex in fresh if vertex in seen[1 - side] and (vertex in ends or self._passes(vertex, closed))
-            ]
+            mine, others = seen[side], seen[1 - side]
+            fresh = {edge.target for here in rings[side][-1] for edge in out[here]} - mine
+            mine |= fresh
+            passed = [vertex for vertex in fresh if vertices[vertex].passes_on and vertex not in closed]
+            meeting = [vertex for vertex in passed if vertex in others] or [vertex for vertex in ends if vertex in fresh & others]
             if meeting:
                 break
-            if not fresh:
+            if not passed:
                 return {}
-            rings[side].append([vertex for vertex in fresh if self._passes(vertex, closed)])
+            rings[side].append(passed)
         # from there back to either end, ring by ring
-        ways = [self._trace(meeting, rings[side], avoid), self._trace(meeting, rings[1 - side][:-1], avoid)]
+        ways = [_trace(out, meeting, rings[side]), _trace(out, meeting, rings[1 - side][:-1])]
         behind, ahead = ways if side == 0 else ways[::-1]
         found = [*reversed(ahead), meeting, *behind]
         return {vertex: distance for distance, ring in enumerate(found) for vertex in ring}
-
-    def _next(self, ring: Iterable[int], avoid: frozenset[str], seen: set[int]) -> list[int]:
-        """What lies one wire further, and was not seen before."""
-        fresh: dict[int, None] = {}
-        for here in ring:
-            for number in self.out[here]:
-                edge = self.edges[number]
-                if edge.target not in seen and edge.link not in avoid:
-                    fresh[edge.target] = None
-        seen.update(fresh)
-        return list(fresh)
-
-    def _trace(self, start: list[int], rings: Sequence[list[int]], avoid: frozenset[str]) -> list[list[int]]:
-        """Of each ring, from the last, what lies next to what was found of the one after it, or to `start`."""
-        found = []
-        for ring in reversed(rings):
-            near = {
-                self.edges[number].target for here in start for number in self.out[here] if self.edges[number].link not in avoid
-            }
-            start = [vertex for vertex in ring if vertex in near]
-            found.append(start)
-        return found
 
     def route_resources(self, route: tuple[Edge, ...]) -> tuple[int, ...]:
         """All that a message on the route shares, in its order: wires, switches, egress and ingress of all that it passes."""
@@ -223,3 +205,13 @@ class Graph:
         for edge in route:
             found += [self.egress.get(edge.source), *edge.resources, self.through.get(edge.target), self.ingress.get(edge.target)]
         return tuple(dict.fromkeys(number for number in found if number is not None))
+
+
+def _trace(out: list[list[Edge]], start: list[int], rings: Sequence[list[int]]) -> list[list[int]]:
+    """Of each ring, from the last, what lies next to what was found of the one after it, or to `start`."""
+    found = []
+    for ring in reversed(rings):
+        near = {edge.target for here in start for edge in out[here]}
+        start = [vertex for vertex in ring if vertex in near]
+        found.append(start)
+    return found

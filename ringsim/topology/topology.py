@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, prod
 from pathlib import Path as FilePath
 from typing import Any
@@ -32,6 +32,7 @@ class Topology:
     figures: tuple[Figure, ...] = field(compare=False, repr=False)
     devices: tuple[int, ...] = field(compare=False, repr=False)
     _paths: dict[tuple[int, int], Path] = field(default_factory=dict, compare=False, repr=False)
+    _kinds: dict[tuple[tuple[str | None, ...], float], Path] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -131,7 +132,11 @@ class Topology:
         edges, resources = self._route(source, target)
         capacities = [self.graph.resources[number].capacity for number in resources]
         alone = min([inf, *(edge.rate for edge in edges), *capacities])
-        return assemble(edges, self.spec.links, resources, alone, self.transport)
+        key = (tuple(edge.link for edge in edges), alone)
+        like = self._kinds.get(key)
+        if like is None:
+            like = self._kinds[key] = assemble(edges, self.spec.links, resources, alone, self.transport)
+        return replace(like, vertices=tuple(edge.target for edge in edges[:-1]), resources=resources)
 
     def _route(self, source: int, target: int) -> tuple[tuple[Edge, ...], tuple[int, ...]]:
         names = [self.graph.vertices[number].name for number in (source, target)]

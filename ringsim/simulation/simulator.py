@@ -41,7 +41,8 @@ def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False,
     placed = topology.place(schedule.world_size)
     costs = _costs(topology, schedule.workload, placed)
     look = schedule.world_size >= MANY if fold is None else fold
-    ground = (folded(schedule, topology, placed, costs) if look else None) or whole(topology, placed)
+    with _no_garbage():
+        ground = (folded(schedule, topology, placed, costs) if look else None) or whole(topology, placed)
     of_device = {number: Cores(env, ground.cores(number)) for number in dict.fromkeys(map(ground.device, range(ground.ranks)))}
     cores = [of_device[ground.device(rank)] for rank in range(ground.ranks)]
     network = Network(env, ground, cores, free=free_hops)

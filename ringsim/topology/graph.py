@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf
 from typing import Literal
 
@@ -80,7 +81,9 @@ class Graph:
     numbers: dict[str, int] = field(default_factory=dict)
     nics: dict[int, list[frozenset[int]]] = field(default_factory=dict)
     own: dict[int, frozenset[int]] = field(default_factory=dict)
-    usable: dict[frozenset[str], tuple[int, list[list[Edge]]]] = field(default_factory=dict, compare=False, repr=False)
+    usable: dict[frozenset[str], tuple[int, list[dict[int, list[Edge]]], set[int]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def devices(self) -> list[int]:
@@ -151,53 +154,56 @@ class Graph:
         return None
 
     def _shortest(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> tuple[Edge, ...] | None:
-        distance, out = self._between(source, target, avoid, closed), self._open(avoid)
-        if not distance:
+        rings, toward = self._between(source, target, avoid, closed), self._open(avoid)[0]
+        if not rings:
             return None
         width, onward = {target: inf}, dict[int, Edge]()
-        for here, away in distance.items():
-            for edge in out[here] if away else ():
-                if distance.get(edge.target) == away - 1 and min(edge.rate, width[edge.target]) > width.get(here, 0.0):
-                    width[here], onward[here] = min(edge.rate, width[edge.target]), edge
+        for nearer, ring in pairwise(rings):
+            for here in ring:
+                ahead = [edge for there in toward[here].keys() & nearer for edge in toward[here][there]]
+                best = min(ahead, key=lambda edge: (-min(edge.rate, width[edge.target]), edge.number))
+                width[here], onward[here] = min(best.rate, width[best.target]), best
         route, here = [], source
         while here != target:
             route.append(onward[here])
             here = onward[here].target
         return tuple(route)
 
-    def _open(self, avoid: frozenset[str]) -> list[list[Edge]]:
-        """The edges out of each vertex over links that are not avoided, in order."""
+    def _open(self, avoid: frozenset[str]) -> tuple[list[dict[int, list[Edge]]], set[int]]:
+        """The edges out of each vertex over links that are not avoided, by where they lead; and the vertices that pass on."""
         found = self.usable.get(avoid)
         if found is None or found[0] != len(self.edges):
-            of_each = [[self.edges[number] for number in numbers if self.edges[number].link not in avoid] for numbers in self.out]
-            found = self.usable[avoid] = len(self.edges), of_each
-        return found[1]
+            toward: list[dict[int, list[Edge]]] = [{} for _ in self.vertices]
+            for edge in self.edges:
+                if edge.link not in avoid:
+                    toward[edge.source].setdefault(edge.target, []).append(edge)
+            passing = {number for number, vertex in enumerate(self.vertices) if vertex.passes_on}
+            found = self.usable[avoid] = len(self.edges), toward, passing
+        return found[1:]
 
-    def _between(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> dict[int, int]:
-        """Wires to `target` from all that lies on a shortest way from `source`, the nearest first; nothing if there is no way.
+    def _between(self, source: int, target: int, avoid: frozenset[str], closed: frozenset[int]) -> list[set[int]]:
+        """What lies on a shortest way, by how many wires it is from `target`; nothing if there is no way.
 
         Looks from both ends in turn, from where there is less to look at: half of the way each reaches far less than all of it.
         """
-        out, vertices, ends = self._open(avoid), self.vertices, (source, target)
-        rings = ([[source]], [[target]])
-        seen = ({source}, {target})
+        toward, passing = self._open(avoid)
+        rings, seen = ([{source}], [{target}]), ({source}, {target})
         while True:
             side = 0 if len(rings[0][-1]) <= len(rings[1][-1]) else 1
             mine, others = seen[side], seen[1 - side]
-            fresh = {edge.target for here in rings[side][-1] for edge in out[here]} - mine
+            fresh = set[int]().union(*(toward[here].keys() for here in rings[side][-1])) - mine
             mine |= fresh
-            passed = [vertex for vertex in fresh if vertices[vertex].passes_on and vertex not in closed]
-            meeting = [vertex for vertex in passed if vertex in others] or [vertex for vertex in ends if vertex in fresh & others]
+            passed = (fresh & passing) - closed
+            meeting = passed & others or fresh & others & {source, target}
             if meeting:
                 break
             if not passed:
-                return {}
+                return []
             rings[side].append(passed)
         # from there back to either end, ring by ring
-        ways = [_trace(out, meeting, rings[side]), _trace(out, meeting, rings[1 - side][:-1])]
+        ways = [_trace(toward, meeting, rings[side]), _trace(toward, meeting, rings[1 - side][:-1])]
         behind, ahead = ways if side == 0 else ways[::-1]
-        found = [*reversed(ahead), meeting, *behind]
-        return {vertex: distance for distance, ring in enumerate(found) for vertex in ring}
+        return [*reversed(ahead), meeting, *behind]
 
     def route_resources(self, route: tuple[Edge, ...]) -> tuple[int, ...]:
         """All that a message on the route shares, in its order: wires, switches, egress and ingress of all that it passes."""
@@ -207,11 +213,10 @@ class Graph:
         return tuple(dict.fromkeys(number for number in found if number is not None))
 
 
-def _trace(out: list[list[Edge]], start: list[int], rings: Sequence[list[int]]) -> list[list[int]]:
+def _trace(toward: list[dict[int, list[Edge]]], start: set[int], rings: Sequence[set[int]]) -> list[set[int]]:
     """Of each ring, from the last, what lies next to what was found of the one after it, or to `start`."""
     found = []
     for ring in reversed(rings):
-        near = {edge.target for here in start for edge in out[here]}
-        start = [vertex for vertex in ring if vertex in near]
+        start = set[int]().union(*(toward[here].keys() & ring for here in start))
         found.append(start)
     return found

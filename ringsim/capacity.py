@@ -128,6 +128,11 @@ def of_length(workload: Workload, tokens: int) -> Workload:
     return replace(workload, kv_len=tokens, q_offset=workload.q_offset + tokens - workload.kv_len, lengths=None)
 
 
+def one_length(schedule: Schedule) -> bool:
+    """Whether mask or partition describe so many tokens and no others: documents, block maps, ``runs``."""
+    return schedule.workload.mask.extent is not None or schedule.partition.startswith("runs")
+
+
 def longest(nbytes: Callable[[int], float], capacity: float) -> int:
     """The most tokens, in whole K, whose `nbytes` (never falling, nearly a line) are within `capacity`; 0 if none are."""
     low, at_low = 0, 0.0
@@ -156,7 +161,11 @@ def _on_the_line(low: int, at_low: float, high: int, at_high: float, capacity: f
 def longest_ring(
     schedule: Schedule, topology: Topology, *, feed_forward: FeedForward | None = None, reserve_nbytes: float = 0.0
 ) -> int | None:
-    """The longest context, in whole K tokens, for which every device that says what it has has room; None if none says."""
+    """The longest context, in whole K tokens, for which every device that says what it has has room; None if none says, or
+    if the schedule is of one length only (`one_length`).
+    """
+    if one_length(schedule):
+        return None
 
     def at(tokens: int) -> tuple[Demand, ...]:
         longer = replace(schedule, workload=of_length(schedule.workload, tokens))

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .capacity import Demand, blocking_of, demands, longest_alone, longest_ring, tightest
+from .capacity import Demand, blocking_of, demands, longest_alone, longest_ring, one_length, tightest
 from .footprint import CLASSES, FeedForward, Footprint, weigh_blockwise, weigh_dense
 from .report import workload_line
 from .schedule import Schedule
@@ -26,7 +26,8 @@ ALONE = "one layer's attention forward: no weights, no other layers"
 class Account:
     """One machine's: the demand on its tightest device, what each method holds, and the longest context of each.
 
-    `longest` counts tokens, in whole K; None where the machine does not say what memory its devices have. `priced`: whether the
+    `longest` counts tokens, in whole K; None where the machine does not say what memory its devices have, or mask or
+    partition are of one length. `priced`: whether the
     device has figures for the workload, without which a CPU's scratch is unknown.
     """
 
@@ -75,7 +76,9 @@ def account(
     if window is None:
         del alone["window"]
     ring = demand.fullest
-    room = demand.room_nbytes
+    if ring.method in alone:
+        ring = replace(ring, method=f"{ring.method}, block by block")
+    room = None if one_length(schedule) else demand.room_nbytes
     most = longest_ring(schedule, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes)
     lengths = {name: None if room is None else longest_alone(made, work, room) for name, made in alone.items()}
     footprints = (ring, *(replace(made(work), method=name) for name, made in alone.items()))

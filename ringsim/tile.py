@@ -62,8 +62,24 @@ class Tile:
         copies = (self.batch[1] - self.batch[0]) * (self.heads[1] - self.heads[0])
         if not self.masked:
             return copies * self.q.count * self.k.count
+        if self.q.step == self.k.step and not (self.lo is not None and self.hi is not None and self.lo > self.hi):
+            return copies * self._pairs_of_a_band()
         begin, end = self.intervals()
         return copies * int(np.maximum(end - begin, 0).sum())
+
+    def _pairs_of_a_band(self) -> int:
+        """With equal steps both edges advance a key a row."""
+        q, k = self.q, self.k
+        distance = q.start - k.start
+        seen = q.count * k.count if self.lo is None else _clipped_sum((distance - self.lo) // k.step + 1, q.count, k.count)
+        return seen - (0 if self.hi is None else _clipped_sum(-((self.hi - distance) // k.step), q.count, k.count))
+
+
+def _clipped_sum(first: int, count: int, most: int) -> int:
+    """The sum of ``first + i``, but at least 0 and at most `most`, over ``0 <= i < count``."""
+    low = min(max(-first, 0), count)
+    high = min(max(most - first, low), count)
+    return (high - low) * (2 * first + low + high - 1) // 2 + (count - high) * most
 
 
 def visible_keys(q: Span, k: Span, lo: int | None, hi: int | None) -> tuple[IntArray, IntArray]:

@@ -274,3 +274,22 @@ def test_bad_input_is_one_message(capsys, arguments, said):
     assert captured.err.startswith("ringsim: ")
     assert said in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_what_is_of_one_length_has_no_longest_context():
+    documents = replace(bf16(8192), mask=ringsim.Causal() & ringsim.Documents((4096, 4096)))
+    for work, partition in ((documents, "balanced"), (bf16(8192), "runs(0:4096, 1:4096)")):
+        schedule = ringsim.Schedule(workload=work, world_size=2, partition=partition)
+        account = ledger.account(schedule, ringsim.load_topology("dgx-h100"))
+        assert account.demand.fits and set(account.longest.values()) == {None}
+    done = ringsim_command(
+        "simulate", "dgx-h100", "--seq", "32M", "--heads", 32, "--head-dim", 128, "--dtype", "bf16", "--mask", "documents(16x2M)"
+    )
+    assert "DOES NOT FIT" in done.output and "longest context that fits: unknown" in done.output
+
+
+def test_the_strategy_dense_goes_by_another_name_than_dense_scores():
+    schedule = ringsim.Schedule(workload=bf16(8192), world_size=1, strategy="dense")
+    account = ledger.account(schedule, ringsim.load_topology("dgx-h100"))
+    assert [one.method for one in account.footprints] == ["dense, block by block", "blockwise", "dense"]
+    assert account.longest["dense, block by block"] == account.longest["blockwise"] > account.longest["dense"]

@@ -1,6 +1,7 @@
 """Spans, tiles, partitions, masks and workloads: which token is where, and which query sees which key."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,3 +231,19 @@ def test_a_workload_survives_the_way_through_json(fields):
     again = Workload.from_dict(json.loads(json.dumps(work.to_dict())))
     assert again == work
     assert hash(again) == hash(work)
+
+
+@settings(max_examples=400, deadline=None)
+@given(spans(), spans(), st.one_of(st.none(), st.integers(-60, 60)), st.one_of(st.none(), st.integers(-60, 60)), st.booleans())
+def test_pairs_are_those_of_the_rows_counted(q, k, lo, hi, alike):
+    if alike:
+        k = replace(k, step=q.step)
+    tile = Tile(batch=(0, 2), heads=(0, 3), q=q, k=k, lo=lo, hi=hi)
+    distance = q.positions()[:, None] - k.positions()[None, :]
+    seen = (distance >= (-(10**9) if lo is None else lo)) & (distance <= (10**9 if hi is None else hi))
+    assert tile.pairs() == 6 * int(seen.sum())
+
+
+def test_pairs_of_a_tile_of_any_size_take_no_memory():
+    q, k = Span(row=0, count=2**40, start=0), Span(row=0, count=2**40, start=0)
+    assert Tile(batch=(0, 1), heads=(0, 1), q=q, k=k, lo=0).pairs() == 2**40 * (2**40 + 1) // 2

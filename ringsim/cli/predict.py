@@ -109,7 +109,10 @@ def breakeven(
 ) -> None:
     """Find the smallest block of tokens per device at which each MACHINE hides its hops, by simulation."""
     check_outputs(json_path)
-    workload = Workload(q_len=1, **options.shape(ctx.params))
+    shape = options.shape(ctx.params)
+    if shape["mask"].extent is not None:
+        raise click.UsageError("blocks of any length are sought: give a --mask that does not count tokens", ctx)
+    workload = Workload(q_len=1, **shape)
     found = []
     with progress("seeking", len(names)) as advance:
         for name in names:

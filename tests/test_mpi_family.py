@@ -29,5 +29,5 @@ def test_a_sample_of_the_family(tmp_path: Path, ranks: int) -> None:
     for kind, count in KINDS.items():
         some = {name: times for name, times in tried[0].items() if name.startswith(kind)}
         assert len(some) == count
-        assert min(some.values()) >= 2
+        assert min(some.values()) >= 1
     assert not {f"strategy {name}" for name in ALONE} & set(tried[0])

@@ -15,10 +15,11 @@ from ringsim.schedule.loops import components, disjoint_loops
 from ringsim.schedule.registry import STRATEGIES
 from ringsim.workload import Workload
 
-from .test_family import FAMILY, schedules
+from .test_family import FAMILY, KV_HEADS, schedules
 
 TOKENS = 12
 """Of a rank, where all have as many."""
+KV_GRID = (max(KV_HEADS),)
 MOVE_KEYS = ("ring", "bidirectional", "multi-ring(3)", "double-ring(2)", "double-ring(3, 2)")
 MOVE_QUERIES = ("q-ring", "pass-q", "token-ring")
 IN_COMPONENTS = ("ring", "bidirectional", *MOVE_QUERIES)
@@ -209,16 +210,19 @@ def test_documents_within_nodes_stay_there():
     assert {op.group for _, op in sends_of(schedule)} == {"ring"}
 
 
-def sees(schedule, q, kv):
-    """Whether a query of one (rank, rows) sees a key of the other in some sequence: by the dense mask."""
+def seen_by(schedule, q, kv):
+    """Which queries of one (rank, rows) see which keys of the other in some sequence: by the dense mask."""
     job, work = schedule.job, schedule.workload
     queries, keys = (side.positions(rank)[slice(*rows)] for side, (rank, rows) in ((job.q_partition, q), (job.kv_partition, kv)))
     seen = work.mask.visible(queries + work.q_offset, keys + work.kv_offset)
-    return any(
-        bool(np.any(seen & (queries < q_valid)[:, None] & (keys < k_valid)[None, :]))
-        for (first, end), q_valid, k_valid in work.sequences()
-        if first < end
-    )
+    valid = np.zeros(seen.shape, bool)
+    for _, q_valid, k_valid in work.sequences():
+        valid |= (queries < q_valid)[:, None] & (keys < k_valid)[None, :]
+    return seen & valid
+
+
+def sees(schedule, q, kv):
+    return bool(seen_by(schedule, q, kv).any())
 
 
 def needing(schedule, name, block):
@@ -244,16 +248,38 @@ def routes(schedule):
 
 
 def check_input(schedule, value, moves):
-    """One way from home, each rank at most once, to all that need it, and no end anywhere else."""
+    """One way from home, each rank at most once, and no end where nothing needs it."""
     block = schedule.job.block(value)
     needs = needing(schedule, value[0], block)
     came = [peer for _, peer in moves]
     assert len(set(came)) == len(came), "comes twice"
-    assert needs <= set(came), "never comes where it is needed"
     assert {rank for rank, _ in moves} <= {block.rank, *came}, "goes on from where it is not"
     assert block.rank not in came, "comes back"
     ends = set(came) - {rank for rank, _ in moves}
     assert ends <= needs, "a last hop in vain"
+
+
+def check_arrivals(schedule, found):
+    """For every pair of ranks the keys that are seen come to the queries, or the queries that see to the keys; nothing twice."""
+    job, world = schedule.job, range(schedule.world_size)
+    came = {}
+    for kind, moves in found.items():
+        if kind[0] in "qk":
+            block = job.block(kind)
+            side = job.q_partition if kind[0] == "q" else job.kv_partition
+            for _, rank in moves:
+                grid = came.setdefault((kind[0], block.rank, rank), np.zeros((side.count(block.rank), *KV_GRID), int))
+                grid[slice(*block.rows), slice(*block.heads)] += 1
+    assert all(grid.max() == 1 for grid in came.values()), "comes twice"
+    heads = slice(0, schedule.workload.kv_heads)
+    for a in world:
+        for b in set(world) - {a}:
+            seen = seen_by(
+                schedule, *((rank, (0, side.count(rank))) for rank, side in ((a, job.q_partition), (b, job.kv_partition)))
+            )
+            ways = ((came.get(("k", b, a)), seen.any(axis=0)), (came.get(("q", a, b)), seen.any(axis=1)))
+            there = (grid is not None and bool(grid[rows][:, heads].all()) for grid, rows in ways)
+            assert not seen.any() or any(there), "never comes where it is needed"
 
 
 def check_states(schedule, found):
@@ -292,6 +318,7 @@ def test_under_any_mask_nothing_moves_in_vain(name):
             if kind[0] in "qkv":
                 check_input(schedule, kind, moves)
                 moved["inputs"] += 1
+        check_arrivals(schedule, found)
         kinds = Counter(kind[0] for kind in found)
         assert kinds["k"] == kinds["v"]
         check_states(schedule, found)

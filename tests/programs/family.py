@@ -98,12 +98,12 @@ def workload_of(mask: str, dtype: str, random: Random) -> Workload:
     )
 
 
-def cases(name: str) -> Any:
-    """(partition, mask, dtype, schedule): each kind of each comes in turn, what else there is by the dice."""
+def cases(name: str, turn: int) -> Any:
+    """(partition, mask, dtype, schedule): each kind of each comes in its turn, what else there is by the dice."""
     random, written = Random(f"{name} on {WORLD.size}"), texts(name)
-    partitions, masks, dtypes = [random.sample(kinds, len(kinds)) for kinds in (PARTITIONS, MASKS, DTYPES)]
     for index in range(EACH if written else 0):
-        partition, mask, dtype = (kinds[index % len(kinds)] for kinds in (partitions, masks, dtypes))
+        place = turn * EACH + index + WORLD.size
+        partition, mask, dtype = (kinds[place % len(kinds)] for kinds in (PARTITIONS, MASKS, DTYPES))
         work = workload_of(mask, dtype, random)
         schedule = Schedule(
             workload=work,
@@ -170,7 +170,7 @@ def fault_of(schedule: Schedule, transport: MpiTransport, answer: tuple[Any, Any
 
 def main() -> None:
     transport = MpiTransport(WORLD, timeout_s=TIMEOUT_S)
-    chosen = [(name, *case) for name in sorted(STRATEGIES) for case in cases(name)]
+    chosen = [(name, *case) for turn, name in enumerate(sorted(STRATEGIES)) for case in cases(name, turn)]
     mine = {index: answer_of(case[-1]) for index, case in enumerate(chosen) if index % WORLD.size == WORLD.rank}
     answers = {index: answer for some in WORLD.allgather(mine) for index, answer in some.items()}
     faults, tried = [], Counter()

@@ -38,23 +38,22 @@ class Emitter:
         self.step = 0
         self._limit = max_message_nbytes
         self._outstanding: dict[int, Post] = {}
+        self._touching: dict[tuple[str, int], dict[int, Post]] = {}
         self._next_id = 0
 
     def recv(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
         """Post a receive, in chunks if it is long; nothing for an empty region."""
         for part in self._chunks(region):
-            yield from self._wait(hazards((), (part,), self._outstanding.values()))
+            yield from self._wait(self._hazards((), (part,)))
             post = Recv(id=self._take_id(), step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
-            self._outstanding[post.id] = post
-            yield post
+            yield self._posted(post)
 
     def send(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
         """Post a send, in chunks if it is long; nothing for an empty region."""
         for part in self._chunks(region):
-            yield from self._wait(hazards((part,), (), self._outstanding.values()))
+            yield from self._wait(self._hazards((part,), ()))
             post = Send(id=self._take_id(), step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
-            self._outstanding[post.id] = post
-            yield post
+            yield self._posted(post)
 
     def compute(
         self,
@@ -67,7 +66,7 @@ class Emitter:
         flops: int = 0,
     ) -> Iterator[Op]:
         """Launch a kernel."""
-        yield from self._wait(hazards(reads, writes, self._outstanding.values()))
+        yield from self._wait(self._hazards(reads, writes))
         yield Compute(
             id=self._take_id(), step=self.step, phase=phase, kernel=kernel, reads=reads, writes=writes, tiles=tiles, flops=flops
         )
@@ -111,7 +110,21 @@ class Emitter:
         if posts:
             yield Wait(id=self._take_id(), step=self.step, phase=phase, posts=posts)
             for post in posts:
-                del self._outstanding[post]
+                region = self._outstanding.pop(post).region
+                del self._touching[region.buffer, region.slot][post]
+
+    def _posted(self, post: Post) -> Post:
+        self._outstanding[post.id] = post
+        self._touching.setdefault((post.region.buffer, post.region.slot), {})[post.id] = post
+        return post
+
+    def _hazards(self, reads: tuple[Region, ...], writes: tuple[Region, ...]) -> tuple[int, ...]:
+        """Those among the posts on the slots that are touched."""
+        near: dict[int, Post] = {}
+        for region in (*reads, *writes):
+            if held := self._touching.get((region.buffer, region.slot)):
+                near.update(held)
+        return hazards(reads, writes, [near[post] for post in sorted(near)]) if near else ()
 
     def _take_id(self) -> int:
         self._next_id += 1

@@ -40,7 +40,8 @@ class Lane:
     def needed(self, block: int, rank: int) -> bool:
         """Whether the block of one rank has something to do at another."""
         if self._queries:
-            return self._job.needs(self.part(block), self._job.kv_block(rank))
+            mine = self.part(block)
+            return self._job.needs(mine, self._job.kv_block(rank)._replace(heads=mine.heads))
         mine = self.part(block)
         return self._job.needs(self._job.q_block(rank)._replace(heads=mine.heads), mine)
 

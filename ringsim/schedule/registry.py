@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from .. import calls
 from ..errors import RingsimError, WorkloadError
+from ..mask import Full
 from ..units import parse_tokens
 from ..workload import Workload
 from .emitter import Emitter
@@ -25,13 +26,17 @@ TOLD: Final = 3
 class Strategy:
     """`build(job, rank, emit, *arguments)` yields the ops of a rank; a change to these raises `version`.
 
-    `adapt(workload, *arguments)` is the workload that is really computed, for a strategy that computes another.
+    `adapt(workload, *arguments)` is the workload that is really computed, for a strategy that computes another. `turn(workload,
+    *arguments)`, if any, is a number of ranks: those as far apart have programs that differ only in whom they talk to, where job
+    tells both the same of their own tokens and of every rank at the same distance, up to the tiles between whole blocks of any
+    heads. (The simulator then need not read all of a thousand programs to find ranks alike.) None where that is not so.
     """
 
     name: str
     version: int
     build: Build
     adapt: Callable[..., Workload] | None = None
+    turn: Callable[..., int | None] | None = None
 
     @property
     def parameters(self) -> tuple[inspect.Parameter, ...]:
@@ -75,12 +80,32 @@ class Choice:
         """The workload that is really computed."""
         return workload if self.strategy.adapt is None else self.strategy.adapt(workload, *self.arguments)
 
+    def turn(self, workload: Workload) -> int | None:
+        """By how many ranks programs may be turned, see Strategy; None where that is not known."""
+        return None if self.strategy.turn is None else self.strategy.turn(workload, *self.arguments)
+
+
+def any_rank(workload: Workload, *arguments: int) -> int:
+    """The `turn` of a strategy that moves whole blocks, or heads of them, by distances alone."""
+    return 1
+
+
+def where_all_is_seen(workload: Workload, *arguments: int) -> int | None:
+    """The `turn` of one that cuts blocks by rows as well: those of two ranks are alike where no mask tells rows apart."""
+    return 1 if isinstance(workload.mask, Full) and workload.lengths is None else None
+
 
 STRATEGIES: Final[dict[str, Strategy]] = {}
 """Every known strategy by name."""
 
 
-def strategy(name: str, *, version: int, adapt: Callable[..., Workload] | None = None) -> Callable[[Build], Build]:
+def strategy(
+    name: str,
+    *,
+    version: int,
+    adapt: Callable[..., Workload] | None = None,
+    turn: Callable[..., int | None] | None = None,
+) -> Callable[[Build], Build]:
     """Make the decorated builder a strategy called `name`, for the library and the command line alike.
 
     Raises WorkloadError where the name is taken by another builder.
@@ -91,7 +116,7 @@ def strategy(name: str, *, version: int, adapt: Callable[..., Workload] | None =
         if known is not None and (known.build.__module__, known.build.__qualname__) != (build.__module__, build.__qualname__):
             raise WorkloadError(f"strategy {name!r} is already that of {known.build.__module__}")
         calls.parse_call(name, "strategy")
-        STRATEGIES[name] = Strategy(name, version, build, adapt)
+        STRATEGIES[name] = Strategy(name, version, build, adapt, turn)
         find.cache_clear()
         return build
 

@@ -17,10 +17,6 @@ from ..tile import Span, Tile
 
 ROUNDING: Final = 1e-14
 """Of a price: the same sum in another order."""
-TURNING: Final = ("ring", "pass-q", "token-ring", "double-ring")
-"""Strategies of which the programs of two ranks are alike where all ranks are told alike: see `Told`. Proven by tests."""
-HALVING: Final = ("bidirectional", "q-ring")
-"""Those that cut blocks by rows as well: only where every pair of rows is seen."""
 
 
 class Programs:
@@ -91,16 +87,11 @@ class _Prices:
 
 def turning(schedule: Schedule) -> int | None:
     """By how many ranks the programs may be turned, if what the strategy is told turns as well; None where that is not known."""
-    choice = find(schedule.strategy)
-    name, work = choice.strategy.name, schedule.workload
-    everything = isinstance(work.mask, Full) and work.lengths is None
-    if schedule.given is not None or name not in TURNING + (HALVING if everything else ()):
+    turn = find(schedule.strategy).turn(schedule.workload)
+    # a component begins with its lowest rank, wherever that lies
+    if turn is None or schedule.given is not None or len(components(schedule.job)) > 1:
         return None
-    if len(components(schedule.job)) > 1:
-        # which begins with its lowest rank, wherever that lies
-        return None
-    inner, stride = choice.arguments if name == "double-ring" else (1, 1)
-    return inner * stride
+    return turn
 
 
 class Told:

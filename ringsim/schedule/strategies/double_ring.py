@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...errors import WorkloadError
+from ...workload import Workload
 from ..emitter import Emitter
 from ..job import Job
 from ..ops import Op, Region
@@ -15,7 +16,12 @@ NAMES = ("k", "v")
 OUTER_TAG = len(NAMES)
 
 
-@strategy("double-ring", version=1)
+def _turn(workload: Workload, inner: int, stride: int) -> int:
+    """By whole inner rings."""
+    return inner * stride
+
+
+@strategy("double-ring", version=1, turn=_turn)
 def double_ring(job: Job, rank: int, emit: Emitter, inner: int, stride: int = 1) -> Iterator[Op]:
     """Rings of `inner` ranks, and rings across them: the slow hop between nodes has a whole inner ring to hide behind.
 

@@ -8,12 +8,12 @@ from ..emitter import Emitter
 from ..job import Job
 from ..loops import Lane, components
 from ..ops import Op, Region
-from ..registry import strategy
+from ..registry import any_rank, strategy
 
 Q_TAG, HOME_TAG = 0, 1
 
 
-@strategy("pass-q", version=1)
+@strategy("pass-q", version=1, turn=any_rank)
 def pass_q(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """Q blocks go round; the partial outputs of all of them go home after the last step ("pass-Q", arXiv 2411.01783, 3.3.2).
 
@@ -32,7 +32,7 @@ def pass_q(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     yield from visitors.finish(emit)
 
 
-@strategy("token-ring", version=1)
+@strategy("token-ring", version=1, turn=any_rank)
 def token_ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """Q blocks go one way round, each partial output the other way as soon as it is there (TokenRing, arXiv 2412.20501).
 

@@ -6,28 +6,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from ...workload import Workload
 from ..emitter import Emitter
 from ..job import Block, Job
 from ..loops import Lane, components
 from ..ops import Op, Region
-from ..registry import strategy
+from ..registry import any_rank, strategy, where_all_is_seen
 
 HALVES = (0, 1)
 Q_TAG, STATE_TAG, HOME_TAG = 0, 2, 4
 
 
-@strategy("q-ring", version=1)
+def _turn(workload: Workload) -> int | None:
+    return any_rank(workload) if workload.kv_heads % 2 == 0 else where_all_is_seen(workload)
+
+
+@strategy("q-ring", version=1, turn=_turn)
 def q_ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """Q blocks go round with their running (out, max, sum), in two halves: one hops while the other is computed on.
 
-    The dual of Ring Attention (arXiv 2310.01889): k and v stay, so with few query heads or long keys fewer bytes move, and none
-    under GQA. A half stops where no rank further round has keys for it; from there its state goes straight home. Bytes sent
-    per rank under a full mask: ``(P-1) * c * heads * head_dim * itemsize`` of queries and, the hop home included,
+    The dual of Ring Attention (arXiv 2310.01889): k and v stay, which moves fewer bytes where there are many more keys than
+    queries. Half of the kv_heads with their queries each, so that both have as much to do under any mask; half of the rows where
+    kv_heads is odd. A half stops where no rank further round has keys for it; from there its state goes straight home. Bytes
+    sent per rank under a full mask: ``(P-1) * c * heads * head_dim * itemsize`` of queries and, the hop home included,
     ``P * c * heads * (v_head_dim + 2) * 4`` of state (8 for float64), for P > 1 ranks of c queries.
     """
 
     def half(second: int, rank: int) -> Block:
-        whole = job.q_block(rank)
+        whole, kv_heads = job.q_block(rank), job.workload.kv_heads
+        if kv_heads % 2 == 0:
+            return whole._replace(heads=(kv_heads // 2 * second, kv_heads // 2 * (second + 1)))
         middle = (whole.tokens + 1) // 2
         return whole._replace(rows=(middle, whole.tokens) if second else (0, middle))
 
@@ -103,7 +111,8 @@ class _Half:
             yield from emit.send(self._parcel(step, step), peer=here, tag=HOME_TAG + self.index, phase="home")
 
     def _attend(self, emit: Emitter, step: int) -> Iterator[Op]:
-        job, part, keys = self.job, self._part(step), self.job.kv_block(self.rank)
+        job, part = self.job, self._part(step)
+        keys = job.kv_block(self.rank)._replace(heads=part.heads)
         if tiles := job.tiles(part, keys):
             version = self.lane.visits(part.rank, step)
             before, after = (job.state(part, v, slot=self._slot(step), packed=True) for v in (version - 1, version))

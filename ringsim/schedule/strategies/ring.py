@@ -10,11 +10,11 @@ from ..emitter import Emitter
 from ..job import Block, Job
 from ..loops import Lane, backwards, components, disjoint_loops
 from ..ops import Op
-from ..registry import strategy
+from ..registry import any_rank, strategy, where_all_is_seen
 from ..rotation import rotate
 
 
-@strategy("ring", version=2)
+@strategy("ring", version=2, turn=any_rank)
 def ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """K and V go one hop per step to the next rank; queries stay (Ring Attention, arXiv 2310.01889, algorithm 1).
 
@@ -26,7 +26,7 @@ def ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     yield from rotate(job, rank, emit, lanes)
 
 
-@strategy("bidirectional", version=1)
+@strategy("bidirectional", version=1, turn=where_all_is_seen)
 def bidirectional(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """Half of each K and V block goes one way round, half the other: both directions of a full-duplex link at once.
 

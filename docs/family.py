@@ -1,0 +1,124 @@
+"""Write the tables of docs/strategies.md by simulation: `python docs/family.py`, some minutes on two cores.
+
+A test holds the page to those cells that take no time.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import ringsim
+from ringsim import topology
+from ringsim.capacity import demands, tightest
+from ringsim.units import format_size, format_time
+
+PAGE = Path(__file__).parent / "strategies.md"
+LENGTHS = {"64K": 2**16, "1M": 2**20, "4M": 2**22}
+ZIGZAG = ("ring", "bidirectional", "double-ring(8)", "q-ring", "token-ring", "pass-q")
+NONE = "-"
+
+
+class Case(NamedTuple):
+    """One simulation; of `gpus` on the machine, or of one alone."""
+
+    machine: str
+    gpus: int
+    strategy: str
+    partition: str
+    tokens: int
+
+
+def on(machine: str, gpus: int) -> topology.Topology:
+    """The machine with that many GPUs."""
+    settings = {"nodes": -(-gpus // 8)} if machine == "dgx-h100-cluster" else {}
+    return topology.load(machine, settings)
+
+
+def schedule(case: Case) -> ringsim.Schedule:
+    """Causal, 32 query and 8 key/value heads of 128, bfloat16."""
+    work = ringsim.Workload(q_len=case.tokens, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", mask=ringsim.Causal())
+    return ringsim.Schedule(workload=work, world_size=case.gpus, partition=case.partition, strategy=case.strategy)
+
+
+def cell(case: Case) -> str:
+    """Time, exposed communication as a share of it, and the memory of the fullest GPU."""
+    made, machine = schedule(case), on(case.machine, case.gpus)
+    total_s = ringsim.simulate(made, machine).total_s
+    exposed = 1 - ringsim.simulate(made, machine, free_hops=True).total_s / total_s
+    need = tightest(demands(made, machine))
+    return f"{format_time(total_s)} · {exposed:.1%} · {format_size(need.nbytes)}{'' if need.fits else ' (does not fit)'}"
+
+
+def cluster(gpus: int) -> list[tuple[str, list[Case]]]:
+    """The rows of a cluster's table."""
+    name, rows = "dgx-h100-cluster", [("ring", "contiguous"), *((strategy, "zigzag") for strategy in ZIGZAG)]
+    if gpus == 8:
+        rows.append(("multi-ring(4)", "zigzag"))
+    return [
+        (f"`{strategy}`, {partition}", [Case(name, gpus, strategy, partition, tokens) for tokens in LENGTHS.values()])
+        for strategy, partition in rows
+    ]
+
+
+def alone() -> list[tuple[str, list[Case]]]:
+    """One device."""
+    return [
+        (f"`{strategy}`", [Case("dgx-h100-cluster", 1, strategy, "contiguous", tokens) for tokens in LENGTHS.values()])
+        for strategy in ("dense", "local-window(4K)")
+    ]
+
+
+def meshes(machine: str, gpus: int, strategies: Iterable[str]) -> list[tuple[str, list[Case]]]:
+    """Fabrics of direct links."""
+    return [
+        (f"`{strategy}`", [Case(machine, gpus, strategy, "zigzag", tokens) for tokens in LENGTHS.values()])
+        for strategy in strategies
+    ]
+
+
+TABLES = {
+    "8 GPUs": cluster(8),
+    "64 GPUs": cluster(64),
+    "512 GPUs": cluster(512),
+    "one GPU": alone(),
+    "mi300x": meshes("mi300x", 8, ("ring", "bidirectional", "multi-ring(2)", "multi-ring(4)", "token-ring")),
+    "alps-gh200": meshes("alps-gh200", 4, ("ring", "bidirectional", "multi-ring(2)", "token-ring")),
+}
+
+
+def table(rows: list[tuple[str, list[Case]]], cells: dict[Case, str]) -> str:
+    """A Markdown table."""
+    lines = [f"| strategy | {' | '.join(LENGTHS)} |", "|---|" + "---:|" * len(LENGTHS)]
+    return "\n".join(lines + [f"| {head} | {' | '.join(cells[case] for case in cases)} |" for head, cases in rows])
+
+
+def slow_first(cases: Iterable[Case]) -> list[Case]:
+    """The many ranks first, so that both cores end together."""
+    return sorted(cases, key=lambda case: -case.gpus)
+
+
+def main() -> None:
+    """Simulate all, two at a time, and put the tables into the page."""
+    cases = slow_first({case for rows in TABLES.values() for _, of_row in rows for case in of_row})
+    cells: dict[Case, str] = {}
+    with ProcessPoolExecutor(2, max_tasks_per_child=8) as pool:
+        for case, found in zip(cases, pool.map(cell, cases), strict=True):
+            cells[case] = found
+            sys.stderr.write(f"{len(cells)} of {len(cases)}: {' '.join(map(str, case))}: {found}\n")
+    text = PAGE.read_text()
+    for name, rows in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n)(?:.|\n)*?(\n<!-- end -->)")
+        if len(pattern.findall(text)) != 1:
+            raise SystemExit(f"{PAGE.name}: expected one '<!-- {name} -->' with its '<!-- end -->'")
+        made = table(rows, cells)
+        text = pattern.sub(lambda match, made=made: f"{match[1]}{made}{match[2]}", text)  # type: ignore[misc]
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

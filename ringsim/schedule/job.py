@@ -45,13 +45,6 @@ class Job:
     sync: str = "free"
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
-    _blocks: tuple[tuple[Block, ...], ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        heads = (0, self.workload.kv_heads)
-        sides = (self.q_partition, self.kv_partition)
-        blocks = tuple(tuple(Block(rank, (0, side.count(rank)), heads) for rank in range(side.world_size)) for side in sides)
-        object.__setattr__(self, "_blocks", blocks)
 
     @property
     def world_size(self) -> int:
@@ -70,11 +63,11 @@ class Job:
 
     def q_block(self, rank: int) -> Block:
         """All queries of `rank`."""
-        return self._blocks[0][rank]
+        return self._recall(("q", rank), lambda: Block(rank, (0, self.q_partition.count(rank)), (0, self.workload.kv_heads)))
 
     def kv_block(self, rank: int) -> Block:
         """All keys and values of `rank`."""
-        return self._blocks[1][rank]
+        return self._recall(("kv", rank), lambda: Block(rank, (0, self.kv_partition.count(rank)), (0, self.workload.kv_heads)))
 
     def tiles(self, q: Block, kv: Block) -> tuple[Tile, ...]:
         """The tiles between two blocks of the same heads, which rows and heads count from; none where nothing is seen."""

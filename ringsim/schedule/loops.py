@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
+from ..mask import Full
 from .job import Block, Job
 
 Loop = tuple[int, ...]
@@ -18,7 +19,8 @@ class Lane:
 
     def __init__(self, job: Job, loops: Sequence[Loop], part: Callable[[int], Block], *, queries: bool = False) -> None:
         self._job = job
-        self._part = {rank: part(rank) for loop in loops for rank in loop}
+        self._cut = part
+        self._part: dict[int, Block] = {}
         self._queries = queries
         self._place = {rank: (loop, index) for loop in loops for index, rank in enumerate(loop)}
         self._reach: dict[int, int] = {}
@@ -26,7 +28,10 @@ class Lane:
 
     def part(self, rank: int) -> Block:
         """The part of the block of `rank` that goes this way."""
-        return self._part[rank]
+        found = self._part.get(rank)
+        if found is None:
+            found = self._part[rank] = self._cut(rank)
+        return found
 
     def loop(self, rank: int) -> Loop:
         """The loop that `rank` lies on."""
@@ -66,6 +71,13 @@ def components(job: Job) -> tuple[Loop, ...]:
 
 
 def _components(job: Job) -> tuple[Loop, ...]:
+    ranks = range(job.world_size)
+    if isinstance(job.workload.mask, Full) and job.workload.lengths is None:
+        # whoever has a query needs whoever has a key
+        sides = [{rank for rank in ranks if side.count(rank)} for side in (job.q_partition, job.kv_partition)]
+        together = sides[0] | sides[1] if all(sides) else set()
+        loops = [tuple(sorted(together))] if together else []
+        return tuple(sorted([*loops, *((rank,) for rank in ranks if rank not in together)]))
     group = list(range(job.world_size))
 
     def root(rank: int) -> int:

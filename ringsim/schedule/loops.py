@@ -72,7 +72,7 @@ def components(job: Job) -> tuple[Loop, ...]:
 
 def _components(job: Job) -> tuple[Loop, ...]:
     ranks = range(job.world_size)
-    if isinstance(job.workload.mask, Full) and job.workload.lengths is None:
+    if isinstance(job.workload.mask, Full) and job.workload.lengths is None and job.workload.batch:
         # whoever has a query needs whoever has a key
         sides = [{rank for rank in ranks if side.count(rank)} for side in (job.q_partition, job.kv_partition)]
         together = sides[0] | sides[1] if all(sides) else set()

@@ -68,29 +68,45 @@ class Costs:
     def _attend_by(self, table: Attention, tiles: tuple[Tile, ...]) -> float:
         seconds, rate = self.device.overhead_s(table), self.device.rate(table)
         flops_per_pair = 2 * (self.workload.head_dim + self.workload.v_head_dim)
+        busy = self._busy(tiles)
         for tile in tiles:
             copies = _copies(tile)
             seconds += copies * ceil(tile.q.count / self.blocking.q_rows) * table.block_overhead / self.device.speed
             for micro in self.blocking.micro_tiles(tile):
                 points, what = (table.masked, "masked") if micro.masked else (table.full, "full")
-                efficiency = interpolate(points, micro.q_rows * micro.k_rows, f"{self.name}, head_dim {table.head_dim}, {what}")
-                seconds += copies * micro.pairs * flops_per_pair / (rate * efficiency * self._busy(tile))
+                pairs = _as_a_square(tile) if micro.masked and self.blocking.exact else micro.q_rows * micro.k_rows
+                efficiency = interpolate(points, pairs, f"{self.name}, head_dim {table.head_dim}, {what}")
+                seconds += copies * micro.pairs * flops_per_pair / (rate * efficiency * busy)
             if table.pass_bandwidth is not None:
                 seconds += pass_nbytes(self.workload, tile) / (table.pass_bandwidth * self.device.speed)
         return seconds
 
-    def _busy(self, tile: Tile) -> float:
+    def _busy(self, tiles: tuple[Tile, ...]) -> float:
         """The share of the device that a fused kernel keeps busy: one block of query rows of a head to each unit."""
         if self.device.units is None or not self.blocking.exact:
             return 1.0
-        # a block that is partly filled takes as long as a full one: a constant time until all units are busy
-        return min(1.0, _copies(tile) * tile.q.count / (self.blocking.q_rows * self.device.units))
+        # one launch computes all tiles side by side; a block that is partly filled takes as long as a full one
+        return min(1.0, sum(_copies(tile) * tile.q.count for tile in tiles) / (self.blocking.q_rows * self.device.units))
 
 
 def _shape(tile: Tile) -> tuple[Any, ...]:
     """All of a tile that its price depends on; where it lies in the sequence is no part of that."""
     shape = (tile.batch[1] - tile.batch[0], tile.heads[1] - tile.heads[0], tile.q.count, tile.k.count)
     return (*shape, tile.lo, tile.hi, tile.q.start - tile.k.start, tile.q.step, tile.k.step) if tile.masked else shape
+
+
+def _as_a_square(tile: Tile) -> float:
+    """The visible pairs of the causal square in which a kernel's blocks are cut for as large a part as in this tile.
+
+    A narrow band has many pairs, but its blocks are cut at every row, as those of a short square are. Of a causal square, or a
+    rectangle that its diagonal does not cut, these are its own.
+    """
+    visible = tile.pairs() / _copies(tile)
+    if tile.q.step != tile.k.step:
+        return visible
+    cut = tile.cut_rows()
+    side = 2 * visible / cut - 1 if cut else 0.0
+    return side * (side + 1) / 2 if side > 0 else visible
 
 
 def _copies(tile: Tile) -> int:

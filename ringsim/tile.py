@@ -67,6 +67,18 @@ class Tile:
         begin, end = self.intervals()
         return copies * int(np.maximum(end - begin, 0).sum())
 
+    def cut_rows(self) -> int:
+        """Ends of rows that the band cuts off, or just does not, where steps are equal: 2 of a row cut on both sides."""
+        q, k = self.q, self.k
+        distance, rows = q.start - k.start, 0
+        if self.lo is not None:
+            first = (distance - self.lo) // k.step + 1
+            rows += max(0, min(q.count, k.count - first + 1) - max(0, 1 - first))
+        if self.hi is not None:
+            first = -((self.hi - distance) // k.step)
+            rows += max(0, min(q.count, k.count - first) - max(0, -first))
+        return rows
+
     def _pairs_of_a_band(self) -> int:
         """With equal steps both edges advance a key a row."""
         q, k = self.q, self.k

@@ -11,7 +11,6 @@ from .costs import Costs
 from .errors import TopologyError
 from .footprint import FeedForward, Footprint, weigh
 from .lowering import Blocking
-from .partition import KINDS
 from .schedule import Schedule
 from .topology import Topology
 from .units import format_size
@@ -100,7 +99,7 @@ def demands(
 def _needs(schedule: Schedule, blocking: Blocking | None, feed_forward: FeedForward | None) -> Callable[[int], Footprint]:
     """The footprint of a rank, or the largest of a sample."""
     world_size, work = schedule.world_size, schedule.workload
-    if world_size > SMALL_WORLD and schedule.partition in KINDS:
+    if world_size > SMALL_WORLD and not one_length(schedule):
         runs = 2 * world_size
         q_len, kv_len = (-(-length // runs) * runs for length in (work.q_len, work.kv_len))
         schedule = replace(schedule, workload=replace(work, q_len=q_len, kv_len=kv_len))
@@ -129,8 +128,9 @@ def of_length(workload: Workload, tokens: int) -> Workload:
 
 
 def one_length(schedule: Schedule) -> bool:
-    """Whether mask or partition describe so many tokens and no others: documents, block maps, ``runs``."""
-    return schedule.workload.mask.extent is not None or schedule.partition.startswith("runs")
+    """Whether mask, partition or a program that was read describe so many tokens and no others."""
+    fixed = schedule.workload.mask.extent is not None or schedule.partition.startswith("runs")
+    return fixed or schedule.given is not None
 
 
 def longest(nbytes: Callable[[int], float], capacity: float) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..dtypes import accumulator
@@ -15,6 +16,7 @@ from ..workload import Workload
 from .ops import Box, Region
 
 MOST_KEPT: Final = 2**18
+"""Tiles and regions that a job remembers: some 100 MB."""
 _VALUE: Final = re.compile(r"(\w+)\[(\d+)(?:\|(\d+):(\d+)\|(\d+):(\d+))?\]")
 Made = TypeVar("Made")
 
@@ -45,6 +47,7 @@ class Job:
     sync: str = "free"
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    _kept_tiles: list[int] = field(default_factory=lambda: [0], init=False, repr=False)
 
     @property
     def world_size(self) -> int:
@@ -53,13 +56,23 @@ class Job:
 
     def remember(self, key: Any, make: Callable[[], Made]) -> Made:
         """What `make` returned for this key, made once for all ranks: lanes and the like."""
-        return _found(self._made, key, make)
+        found: Made | None = self._made.get(key)
+        if found is None:
+            found = self._made[key] = make()
+        return found
 
     def _recall(self, key: Any, make: Callable[[], Made]) -> Made:
-        """The same for what there is much of: made again where very much is kept."""
-        if len(self._kept) > MOST_KEPT:
-            self._kept.clear()
-        return _found(self._kept, key, make)
+        """The same for what there is much of: the older half is made again where very much is kept."""
+        kept: dict[Any, Any] = self._kept
+        found: Made | None = kept.get(key)
+        if found is None:
+            found = kept[key] = make()
+            self._kept_tiles[0] += len(found) if isinstance(found, tuple) else 1
+            if self._kept_tiles[0] > MOST_KEPT:
+                for old in tuple(islice(kept, len(kept) // 2)):
+                    del kept[old]
+                self._kept_tiles[0] //= 2
+        return found
 
     def q_block(self, rank: int) -> Block:
         """All queries of `rank`."""
@@ -75,7 +88,7 @@ class Job:
 
     def needs(self, q: Block, kv: Block) -> bool:
         """Whether a query of one block sees a key of the other."""
-        return bool(self.tiles(q, kv))
+        return self._recall(("needs", q, kv), lambda: next(self._tiles(q, kv), None) is not None)
 
     def flops(self, tiles: tuple[Tile, ...]) -> int:
         """Multiply-adds counted as two: 2 x pairs x (head_dim + v_head_dim)."""
@@ -189,13 +202,6 @@ class Job:
 
     def _width(self, name: str) -> int:
         return self.workload.head_dim if name in "qk" else self.workload.v_head_dim
-
-
-def _found(kept: dict[Any, Any], key: Any, make: Callable[[], Made]) -> Made:
-    found: Made | None = kept.get(key)
-    if found is None:
-        found = kept[key] = make()
-    return found
 
 
 def _within(spans: tuple[Span, ...], rows: tuple[int, int]) -> Iterator[Span]:

@@ -106,18 +106,24 @@ def backwards(loop: Loop) -> Loop:
     return (loop[0], *reversed(loop[1:]))
 
 
-def disjoint_loops(loop: Loop) -> tuple[Loop, ...]:
-    """Ways round all of the loop's ranks, of which no two use the same directed link: P - 1 for odd P, P - 2 for even P > 2.
+def disjoint_count(ranks: int) -> int:
+    """How many ways round `disjoint_loops` finds."""
+    return 1 if ranks < 3 else ranks - 1 if ranks % 2 else ranks - 2
+
+
+def disjoint_loops(loop: Loop, most: int | None = None) -> tuple[Loop, ...]:
+    """Ways round all of the loop's ranks, of which no two use the same directed link; `most` of P - 1 for odd P, P - 2 for even.
 
     Walecki's zigzags round a hub (Alspach, "The wonderful Walecki construction", 2008), each taken both ways; for even P the
     last rank is put into the one link of each zigzag that spans half of the circle. The first is the loop as it is given.
     """
     count = len(loop)
+    most = disjoint_count(count) if most is None else min(most, disjoint_count(count))
     if count < 3:
         return (loop,)
     points = count - 1 if count % 2 else count - 2
     zigzags = []
-    for turn in range(points // 2):
+    for turn in range((most + 1) // 2):
         offsets = [(turn + (index + 1) // 2 * (1 if index % 2 else -1)) % points for index in range(points)]
         cycle = [points, *offsets]
         if not count % 2:
@@ -125,7 +131,7 @@ def disjoint_loops(loop: Loop) -> tuple[Loop, ...]:
         zigzags.append(cycle)
     renamed = dict(zip(zigzags[0], loop, strict=True))
     ways = [tuple(renamed[point] for point in cycle) for cycle in zigzags]
-    return tuple(way for both in ((way, backwards(way)) for way in ways) for way in both)
+    return tuple(way for both in ((way, backwards(way)) for way in ways) for way in both)[:most]
 
 
 def _half_way(offsets: list[int], points: int) -> int:

@@ -117,15 +117,21 @@ def strategy(
             raise WorkloadError(f"strategy {name!r} is already that of {known.build.__module__}")
         calls.parse_call(name, "strategy")
         STRATEGIES[name] = Strategy(name, version, build, adapt, turn)
-        find.cache_clear()
+        _find.cache_clear()
         return build
 
     return register
 
 
-@lru_cache(maxsize=256)
 def find(text: str) -> Choice:
     """The strategy that a text such as ``ring`` or ``double-ring(8)`` names. Raises WorkloadError."""
+    if not isinstance(text, str):
+        raise WorkloadError(f"strategy is {text!r}; give a text such as 'ring'")
+    return _find(text)
+
+
+@lru_cache(maxsize=256)
+def _find(text: str) -> Choice:
     call = calls.parse_call(text, "strategy")
     known = STRATEGIES.get(call.name)
     if known is None:
@@ -147,6 +153,4 @@ def _whole(text: str, parameter: inspect.Parameter, value: Any) -> int:
         count = parse_tokens(value)
     except RingsimError as error:
         raise WorkloadError(f"strategy {text!r}: {name}: {error}") from None
-    if count < 1 and count != parameter.default:
-        raise WorkloadError(f"strategy {text!r}: {name} is {count}; it must be 1 or more")
     return count

@@ -43,6 +43,12 @@ class Schedule:
     given: tuple[tuple[Op, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("world_size", "max_message_nbytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise WorkloadError(f"{name} is {value!r}; it must be a whole number")
+        if not isinstance(self.partition, str):
+            raise WorkloadError(f"partition is {self.partition!r}; give a text such as 'zigzag'")
         choice = find(self.strategy)
         object.__setattr__(self, "strategy", choice.text)
         object.__setattr__(self, "workload", choice.adapt(self.workload))

@@ -41,7 +41,7 @@ def folded(schedule: Schedule, topology: Topology, placed: Sequence[int], costs:
     All programs are read and compared. In a large world that would take longer than to simulate: where the strategy is known to
     turn with its rank, what it is told of each rank is compared instead, and of the programs a few.
     """
-    for known, on, found in _RECENT:
+    for known, on, found in tuple(_RECENT):
         if known is schedule and on is topology:
             return found
     found = _folded(schedule, topology, placed, costs)

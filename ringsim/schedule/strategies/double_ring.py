@@ -27,7 +27,7 @@ def double_ring(job: Job, rank: int, emit: Emitter, inner: int, stride: int = 1)
 
     An inner ring is ranks r, r + stride, ...: consecutive ones as they stand, or with ``stride = P / inner`` the other axis of
     the mesh. While an inner ring passes on the blocks of one node, each rank sends the one with which it entered to its
-    counterpart in the next (LoongTrain, arXiv 2406.18485, section 4.3, "Double-Ring"). Bytes sent per rank under a full mask for
+    counterpart in the next ("Double-Ring" of LoongTrain, arXiv 2406.18485). Bytes sent per rank under a full mask for
     P = outer x inner: ``outer * (inner - 1)`` blocks within and ``outer - 1`` across, together the P - 1 of `ring`.
     """
     mesh = job.remember(("double-ring", inner, stride), lambda: _Mesh.make(job, inner, stride))

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from ..emitter import Emitter
 from ..job import Block, Job
 from ..ops import Op, Region
-from ..registry import strategy
+from ..registry import strategy, where_all_is_seen
 
 NAMES = ("k", "v")
 
 
-@strategy("halo", version=1)
+@strategy("halo", version=1, turn=where_all_is_seen)
 def halo(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """K and V go straight from home, and only the rows between the first and the last that a rank's queries see.
 
@@ -56,11 +56,8 @@ def _exchange(job: Job, rank: int, emit: Emitter, step: int) -> Iterator[Op]:
 
 def _seen(job: Job, rank: int, home: int) -> Block:
     """The rows of the keys of one rank from the first to the last that a query of another sees; none if it sees none."""
-    return job.remember(("halo", rank, home), lambda: _hull(job, job.q_block(rank), job.kv_block(home)))
-
-
-def _hull(job: Job, queries: Block, keys: Block) -> Block:
-    spans = [tile.k for tile in job.tiles(queries, keys)]
+    keys = job.kv_block(home)
+    spans = [tile.k for tile in job.tiles(job.q_block(rank), keys)]
     first = min((span.row for span in spans), default=0)
     return keys._replace(rows=(first, max((span.row + span.count for span in spans), default=first)))
 

@@ -15,7 +15,7 @@ Q_TAG, HOME_TAG = 0, 1
 
 @strategy("pass-q", version=1, turn=any_rank)
 def pass_q(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
-    """Q blocks go round; the partial outputs of all of them go home after the last step ("pass-Q", arXiv 2411.01783, 3.3.2).
+    """Q blocks go round; the partial outputs of all of them go home after the last step ("pass-Q", arXiv 2411.01783).
 
     Bytes sent per rank under a full mask: ``(P-1) * c * heads * head_dim * itemsize`` of queries and ``(P-1) * c * heads *
     (v_head_dim + 2) * 4`` (8 for float64) of partials, in float32 for exactness. Holds P - 1 partials until the end.

@@ -8,7 +8,7 @@ from functools import partial
 from ...errors import WorkloadError
 from ..emitter import Emitter
 from ..job import Block, Job
-from ..loops import Lane, backwards, components, disjoint_loops
+from ..loops import Lane, backwards, components, disjoint_count, disjoint_loops
 from ..ops import Op
 from ..registry import any_rank, strategy, where_all_is_seen
 from ..rotation import rotate
@@ -32,7 +32,7 @@ def bidirectional(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
 
     The first half of a rank's rows goes up the ranks, the other half down. Bytes sent per rank under a full mask are those of
     `ring`, half of them in each direction: ``(P-1) * c/2 * kv_heads * (head_dim + v_head_dim) * itemsize`` each way (an
-    all-gather on a bidirectional ring: Chan, Heimlich, Purkayastha, van de Geijn, "Collective communication", 2007, section 4).
+    all-gather on a bidirectional ring: Chan, Heimlich, Purkayastha, van de Geijn, "Collective communication", 2007).
     """
 
     def half(second: int, rank: int) -> Block:
@@ -62,11 +62,11 @@ def multi_ring(job: Job, rank: int, emit: Emitter, rings: int) -> Iterator[Op]:
 
 def _head_lanes(job: Job, rings: int) -> tuple[Lane, ...]:
     world, kv_heads = tuple(range(job.world_size)), job.workload.kv_heads
-    ways = disjoint_loops(world)
-    if rings > len(ways):
+    most = disjoint_count(job.world_size)
+    if not 1 <= rings <= most:
         raise WorkloadError(
-            f"strategy 'multi-ring({rings})': of edge-disjoint rings over {job.world_size} rank(s) there are {len(ways)}; "
-            "give at most that many"
+            f"strategy 'multi-ring({rings})': of edge-disjoint rings over {job.world_size} rank(s) there are {most}; "
+            "give 1 to that many"
         )
     if rings > kv_heads:
         raise WorkloadError(
@@ -77,4 +77,4 @@ def _head_lanes(job: Job, rings: int) -> tuple[Lane, ...]:
         whole = job.kv_block(rank)
         return whole._replace(heads=(kv_heads * index // rings, kv_heads * (index + 1) // rings))
 
-    return tuple(Lane(job, (way,), partial(part, index)) for index, way in enumerate(ways[:rings]))
+    return tuple(Lane(job, (way,), partial(part, index)) for index, way in enumerate(disjoint_loops(world, rings)))

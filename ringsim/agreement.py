@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from . import balance
 from .arrays import Array, as_any_array, as_operands
 from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
@@ -40,9 +42,11 @@ class Visibility:
 
     def compose(self) -> tuple[Mask, int | None]:
         """The mask of all, and how many tokens cu_seqlens count. Raises WorkloadError, ArrayError."""
+        if not isinstance(self.causal, bool | np.bool_):
+            raise WorkloadError(f"causal is {self.causal!r}; give True or False")
         masks: list[Mask] = [Causal()] if self.causal else []
         if self.mask is not None:
-            masks.append(mask_named(self.mask) if isinstance(self.mask, str) else self.mask)
+            masks.append(mask_of(self.mask))
         tokens = None
         if self.cu_seqlens is not None:
             plain = isinstance(self.cu_seqlens, list | tuple)
@@ -132,7 +136,7 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
     shards: list[Shards] = [entry for entry, _ in said]
     fixed = [shard.fixed() for shard in shards]
     _raise_if_any([_difference(entry, fixed) for entry in fixed])
-    _check_shapes(shards[0])
+    _check_shapes(shards)
     q_len, kv_len = (sum(shard.shapes[i][1] for shard in shards) for i in (0, 1))
     if tokens is not None and not tokens == q_len == kv_len:
         held = f"{q_len} tokens" if q_len == kv_len else f"{q_len} queries and {kv_len} keys"
@@ -179,12 +183,19 @@ def _excerpt(text: str, other: str) -> str:
     return f"{'...' if begin else ''}{text[begin:end]}{'...' if end < len(text) else ''}"
 
 
-def _check_shapes(shard: Shards) -> None:
+def _check_shapes(shards: list[Shards]) -> None:
+    shard = shards[0]
     q, k, v = shard.shapes
     fits = q[0] == k[0] == v[0] and k[1] == v[1] and k[2] == v[2] and q[3] == k[3]
     if not fits or len(set(shard.dtypes)) > 1:
         shown = ", ".join(f"{name} {dtype}{shape}" for name, dtype, shape in zip("qkv", shard.dtypes, shard.shapes, strict=True))
         raise RankMismatch(f"q, k and v do not fit together on rank 0: {shown}")
+    _raise_if_any([_uneven(one) for one in shards])
+
+
+def _uneven(shard: Shards) -> str | None:
+    k, v = (shape[1] for shape in shard.shapes[1:])
+    return None if k == v else f"k has {k} rows and v {v}"
 
 
 def _check_rows(name: str, rows: list[int], split: Partition, partition: str) -> None:
@@ -211,28 +222,44 @@ def partition_of(partition: str, length: int, world_size: int, mask: Mask | str 
     """The partition of one array. Raises WorkloadError, also where ``balanced`` is asked for and no mask is given."""
     if mask is None and partition.strip().startswith("balanced"):
         raise WorkloadError(f"partition {partition!r} depends on the mask: give mask=, that of the attention to come")
-    seen = Full() if mask is None else mask_named(mask) if isinstance(mask, str) else mask
+    seen = Full() if mask is None else mask_of(mask)
     return balance.partitions(partition, Workload(q_len=length, mask=seen), world_size)[0]
+
+
+def mask_of(mask: Any) -> Mask:
+    """A mask, or the one that a text names. Raises WorkloadError for anything else."""
+    if isinstance(mask, str):
+        return mask_named(mask)
+    if not (hasattr(mask, "pieces") and hasattr(mask, "name")):
+        raise WorkloadError(
+            f"mask is {type(mask).__name__}; give a mask of ringsim or its text, such as 'causal'; ringsim.BlockSparse takes a "
+            "boolean map"
+        )
+    found: Mask = mask
+    return found
 
 
 def common_parts(transport: Transport, x: Any, partition: str, axis: int, mask: Mask | str | None) -> tuple[list[Any], Partition]:
     """Every rank's shard, on every rank, and how they fit together; collective.
 
-    Raises RankMismatch on every rank if they are not those of one array.
+    Raises RankMismatch on every rank if they are not those of one array, or if ranks ask for different things.
     """
     mine, fault = None, None
     try:
-        mine = with_axis(x, axis)
-    except ArrayError as error:
+        seen = None if mask is None else mask_of(mask)
+        mine = with_axis(x, axis), {"partition": partition, "mask": None if seen is None else seen.name, "axis": axis}
+        if partition.strip().startswith("balanced") and seen is None:
+            partition_of(partition, 1, 1, seen)
+    except (ArrayError, WorkloadError) as error:
         fault = str(error)
     said = transport.allgather((mine, fault))
     _raise_if_any([message for _, message in said])
-    parts = [part for part, _ in said]
+    parts = [part for (part, _), _ in said]
     settings = [
-        {"partition": partition, "mask": mask if mask is None or isinstance(mask, str) else mask.name}
-        | {"axis": axis, "dtype": part.dtype.name}
+        asked
+        | {"dtype": part.dtype.name}
         | {f"length of axis {index}": size for index, size in enumerate(part.shape) if index != axis % part.ndim}
-        for part in parts
+        for (part, asked), _ in said
     ]
     _raise_if_any([_difference(entry, settings) for entry in settings])
     rows = [part.shape[axis] for part in parts]

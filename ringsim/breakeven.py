@@ -95,7 +95,7 @@ def find_breakeven(schedule: Schedule, topology: Topology, *, multiple: int = 1)
 
 def _hides(schedule: Schedule, topology: Topology) -> bool:
     """Whether hops keep nobody waiting who would not wait for others anyway."""
-    timeline = simulate(schedule, topology)
+    timeline = simulate(schedule, topology, bound=False)
     least_s = NOTHING * timeline.total_s
     if timeline.exposed_s() <= least_s:
         return True
@@ -107,7 +107,7 @@ def _hides(schedule: Schedule, topology: Topology) -> bool:
     polls = sum(event.poll_s for event in timeline.events if event.rank in busiest)
     if waits + polls <= least_s:
         return True
-    return timeline.total_s - simulate(schedule, topology, free_hops=True).total_s <= least_s
+    return timeline.total_s - simulate(schedule, topology, free_hops=True, bound=False).total_s <= least_s
 
 
 def _busiest(timeline: Timeline) -> set[int]:
@@ -200,8 +200,8 @@ def _bisect(hidden: Callable[[int], bool], seen: dict[int, bool]) -> int | None:
 
 def _at_breakeven(schedule: Schedule, topology: Topology) -> tuple[float, float]:
     """The share of the run that hops cost, and the FLOP/s of rank 0's first attend."""
-    timeline = simulate(schedule, topology)
-    free = simulate(schedule, topology, free_hops=True)
+    timeline = simulate(schedule, topology, bound=False)
+    free = simulate(schedule, topology, free_hops=True, bound=False)
     number = topology.place(schedule.world_size)[0]
     kind = topology.graph.vertices[number].device
     costs = Costs(topology.device(number), schedule.workload, f"{topology.name}, {kind}")

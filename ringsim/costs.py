@@ -18,10 +18,14 @@ from .workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Device time of an op, and into how many pieces (between which a CPU backend polls) it is cut."""
+    """Device time of an op, and into how many pieces (between which a CPU backend polls) it is cut.
+
+    `bounded_s` of it are for tiles smaller than the device's smallest figure: at most so much.
+    """
 
     seconds: float
     pieces: int
+    bounded_s: float = 0.0
 
 
 def interpolate(points: tuple[tuple[float, float], ...], pairs: float, what: str) -> float:
@@ -37,10 +41,15 @@ def interpolate(points: tuple[tuple[float, float], ...], pairs: float, what: str
 
 
 class Costs:
-    """Prices of one workload's ops on one device. Raises TopologyError where the device, `name`, has no figure for it."""
+    """Prices of one workload's ops on one device. Raises TopologyError where the device, `name`, has no figure for it.
 
-    def __init__(self, device: Device, workload: Workload, name: str = "device") -> None:
+    With `bound` a tile of a fused kernel that is smaller than the smallest figure is taken to last as long as that one;
+    without it, it raises BeyondFigures.
+    """
+
+    def __init__(self, device: Device, workload: Workload, name: str = "device", *, bound: bool = True) -> None:
         self.device = device
+        self.bound = bound
         self.name = name
         self.workload = workload
         self.tables = _tables(device, workload, name)
@@ -62,11 +71,12 @@ class Costs:
 
     def _attend(self, tiles: tuple[Tile, ...]) -> Cost:
         pieces = sum(micro.count * _copies(tile) for tile in tiles for micro in self.blocking.micro_tiles(tile))
-        parts = [weight * self._attend_by(table, tiles) for weight, table in self.tables]
-        return Cost(sum(parts), max(pieces, 1))
+        parts = [(weight, *self._attend_by(table, tiles)) for weight, table in self.tables]
+        seconds, bounded_s = (sum(part[0] * part[index] for part in parts) for index in (1, 2))
+        return Cost(seconds, max(pieces, 1), bounded_s)
 
-    def _attend_by(self, table: Attention, tiles: tuple[Tile, ...]) -> float:
-        seconds, rate = self.device.overhead_s(table), self.device.rate(table)
+    def _attend_by(self, table: Attention, tiles: tuple[Tile, ...]) -> tuple[float, float]:
+        seconds, rate, bounded_s = self.device.overhead_s(table), self.device.rate(table), 0.0
         flops_per_pair = 2 * (self.workload.head_dim + self.workload.v_head_dim)
         busy = self._busy(tiles)
         for tile in tiles:
@@ -75,11 +85,16 @@ class Costs:
             for micro in self.blocking.micro_tiles(tile):
                 points, what = (table.masked, "masked") if micro.masked else (table.full, "full")
                 pairs = _as_a_square(tile) if micro.masked and self.blocking.exact else micro.q_rows * micro.k_rows
-                efficiency = interpolate(points, pairs, f"{self.name}, head_dim {table.head_dim}, {what}")
-                seconds += copies * micro.pairs * flops_per_pair / (rate * efficiency * busy)
+                # no tile takes longer than a larger one
+                priced = max(pairs, points[0][0]) if self.blocking.exact and self.bound else pairs
+                held = pairs / priced
+                efficiency = interpolate(points, priced, f"{self.name}, head_dim {table.head_dim}, {what}") * held
+                taken_s = copies * micro.pairs * flops_per_pair / (rate * efficiency * busy)
+                seconds += taken_s
+                bounded_s += taken_s if held < 1 else 0.0
             if table.pass_bandwidth is not None:
                 seconds += pass_nbytes(self.workload, tile) / (table.pass_bandwidth * self.device.speed)
-        return seconds
+        return seconds, bounded_s
 
     def _busy(self, tiles: tuple[Tile, ...]) -> float:
         """The share of the device that a fused kernel keeps busy: one block of query rows of a head to each unit."""

@@ -163,7 +163,7 @@ def summary(accounts: Sequence[Account]) -> RenderableType:
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     methods = [footprint.method for footprint in accounts[0].footprints]
     for name in ("machine", "ranks", "memory", "needed", "fits", *(f"longest, {method}" for method in methods)):
-        grid.add_column(name, justify="left" if name == "machine" else "right")
+        grid.add_column(name, justify="left" if name == "machine" else "right", no_wrap=name == "machine", overflow="fold")
     for found in accounts:
         demand = found.demand
         facts = (str(found.schedule.world_size), _has(demand), format_size(demand.nbytes), _fits(demand, demand.nbytes))

@@ -81,6 +81,11 @@ def prediction(schedule: Schedule, timeline: Timeline, exposed_wall_s: float) ->
     if timeline.facts["busiest"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in timeline.facts["busiest"].items())
         tail.append(f"busiest wires, of what they could carry in that time: {shares}")
+    if timeline.facts.get("bounded"):
+        tail.append(
+            f"of the computation {timeline.facts['bounded']:.1%} is an upper bound: tiles smaller than the machine's smallest "
+            "figure, each taken to last as long as that one"
+        )
     return Group(Text("\n".join(lines)), table, Text("\n".join(tail)))
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import ceil, inf
 from typing import Any, Final
 
+import numpy as np
+
 from .errors import RankMismatch, WorkloadError
+from .mask.numbers import count_of
 from .partition import runs_text
+from .tile import IntArray
+from .units import shown
 
 TARGETS: Final = (1.0, 1.02, 1.05, 1.1, 1.2, 1.35, 1.5, 2.0)
 """Work per rank, over the mean, above which a document gets another rank: these plans are compared."""
 SLACK: Final = 0.05
+AT_ONCE: Final = 2**18
+"""Runs whose tokens are summed together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,22 +71,12 @@ class RingSizes:
     @cached_property
     def work(self) -> tuple[int, ...]:
         """Visible (query, key) pairs of each rank."""
-        work = [0] * self.world_size
-        for document, first, size in self._places():
-            begin = 0
-            for owner, count in self._runs(document, first, size):
-                work[owner] += _pairs(begin + count, begin, self.lengths[document], self.causal)
-                begin += count
-        return tuple(work)
+        return self._sums(lambda begins, lengths: begins * (begins + 1) // 2 if self.causal else begins * lengths)
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
         """Tokens of each rank."""
-        tokens = [0] * self.world_size
-        for document, first, size in self._places():
-            for owner, count in self._runs(document, first, size):
-                tokens[owner] += count
-        return tuple(tokens)
+        return self._sums(lambda begins, _: begins)
 
     @property
     def moved_tokens(self) -> int:
@@ -97,22 +94,46 @@ class RingSizes:
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
         """(document, first rank, ranks that share it)."""
+        for first, size, documents in self._held():
+            yield from ((document, first, size) for document in documents)
+
+    def _sums(self, before: Callable[[IntArray, IntArray], IntArray]) -> tuple[int, ...]:
+        """The sum of each rank over all that it holds; `before` gives that of the tokens before a place of a document."""
+        exact = sum(length * (length + 1) for length in self.lengths) < 2**62
+        lengths = np.array(self.lengths, dtype=np.int64 if exact else object)
+        sums = [0] * self.world_size
+        for first, size, documents in self._held():
+            several = max(1, AT_ONCE // (2 * size + 1))
+            for begin in range(0, len(documents), several):
+                some = lengths[list(documents[begin : begin + several])][:, None]
+                runs = np.diff(before(_begins(some, 2 * size if self.causal else size), some).sum(axis=0))
+                mine = runs[:size] + runs[: size - 1 : -1] if self.causal else runs
+                for place, value in enumerate(mine.tolist()):
+                    sums[first + place] += value
+        return tuple(sums)
+
+    def _held(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """(first rank, ranks that share them, documents)."""
         for ring in self.rings:
-            yield from ((document, ring.first, ring.size) for document in ring.documents)
-            for place, documents in enumerate(ring.alone):
-                yield from ((document, ring.first + place, 1) for document in documents)
+            yield ring.first, ring.size, ring.documents
+            yield from ((ring.first + place, 1, documents) for place, documents in enumerate(ring.alone))
 
     def _runs(self, document: int, first: int, size: int) -> tuple[tuple[int, int], ...]:
         """(rank, tokens) in the order of the document."""
         return tuple((first + owner, count) for owner, count in _cut(self.lengths[document], size, self.causal))
 
 
-@lru_cache(maxsize=65536)
 def _cut(length: int, size: int, causal: bool) -> tuple[tuple[int, int], ...]:
     """(rank of the ring, tokens): the runs of Partition zigzag, or contiguous, in the order of the document."""
     owners = (*range(size), *reversed(range(size))) if causal else tuple(range(size))
     share, longer = divmod(length, len(owners))
     return tuple((owner, share + (index < longer)) for index, owner in enumerate(owners))
+
+
+def _begins(lengths: IntArray, parts: int) -> IntArray:
+    """Where the `parts` runs of documents begin, and where the last ends; a row for each document."""
+    index = np.arange(parts + 1)
+    return index * (lengths // parts) + np.minimum(index, lengths % parts)
 
 
 def size_rings(
@@ -126,14 +147,15 @@ def size_rings(
     ``1 + slack`` of the least. `most_tokens` bounds the tokens of a rank. Raises WorkloadError. The problem is that of FlexSP
     (arXiv 2412.01523) and ByteScale (arXiv 2502.21231), solved here without a model of the machine: simulate the result.
     """
-    _check(lengths, world_size, most_tokens)
-    total = sum(_pairs(length, 0, length, causal) for length in lengths)
-    targets = [factor * total / world_size for factor in TARGETS]
-    drafts = [_Draft(lengths, world_size, causal, most_tokens, target).fill() for target in (*targets, 0.0)]
+    lengths = _lengths_of(lengths)
+    world_size = count_of("world_size", world_size, least=1)
+    most_tokens = None if most_tokens is None else count_of("most_tokens", most_tokens)
+    _check(lengths, world_size, most_tokens, slack)
+    work = [_pairs(length, causal) for length in lengths]
+    targets = [factor * sum(work) / world_size for factor in TARGETS]
+    drafts = (_Draft(lengths, work, world_size, most_tokens, target).fill() for target in (*targets, 0.0))
     made = [
-        RingSizes(lengths=tuple(lengths), world_size=world_size, causal=causal, rings=rings)
-        for rings in drafts
-        if rings is not None
+        RingSizes(lengths=lengths, world_size=world_size, causal=causal, rings=rings) for rings in drafts if rings is not None
     ]
     plans = [plan for plan in made if most_tokens is None or max(plan.tokens) <= most_tokens]
     if not plans:
@@ -141,13 +163,22 @@ def size_rings(
             f"documents of {sum(lengths)} tokens do not fit on {world_size} ranks of at most {most_tokens} in any way that was "
             "tried: raise most_tokens, take more ranks, or leave documents out"
         )
-    limit = (1 + slack) * min(max(plan.work) for plan in plans)
+    least = min(max(plan.work) for plan in plans)
+    limit = max(least, (1 + slack) * least)
     return min((plan for plan in plans if max(plan.work) <= limit), key=lambda plan: (plan.moved_tokens, max(plan.work)))
 
 
-def _check(lengths: Sequence[int], world_size: int, most_tokens: int | None) -> None:
-    if world_size < 1 or any(length < 0 for length in lengths):
-        raise WorkloadError(f"rings need world_size >= 1 and lengths >= 0, not {world_size} and {min(lengths, default=0)}")
+def _lengths_of(values: Any) -> tuple[int, ...]:
+    try:
+        found = tuple(values)
+    except TypeError:
+        raise WorkloadError(f"lengths are {shown(values)}; they must be a sequence of whole numbers") from None
+    return tuple(count_of(f"lengths[{index}]", value) for index, value in enumerate(found))
+
+
+def _check(lengths: tuple[int, ...], world_size: int, most_tokens: int | None, slack: Any) -> None:
+    if isinstance(slack, bool) or not isinstance(slack, int | float) or not 0 <= slack < inf:
+        raise WorkloadError(f"slack is {shown(slack)}; it must be a number >= 0, such as {SLACK}")
     if most_tokens is not None and sum(lengths) > most_tokens * world_size:
         raise WorkloadError(
             f"documents of {sum(lengths)} tokens do not fit on {world_size} ranks of at most {most_tokens}: "
@@ -155,64 +186,105 @@ def _check(lengths: Sequence[int], world_size: int, most_tokens: int | None) -> 
         )
 
 
-def _pairs(end: int, begin: int, length: int, causal: bool) -> int:
-    """Pairs of queries [begin, end) of a document."""
-    return (end * (end + 1) - begin * (begin + 1)) // 2 if causal else (end - begin) * length
+def _pairs(length: int, causal: bool) -> int:
+    """Visible pairs of a document."""
+    return length * (length + 1) // 2 if causal else length * length
 
 
 class _Draft:
     """Rings being made for a target of work per rank (0: one ring of all)."""
 
-    def __init__(self, lengths: Sequence[int], world_size: int, causal: bool, most_tokens: int | None, target: float) -> None:
-        self.loads = [0.0] * world_size
-        self.tokens = [0] * world_size
-        self.rings: list[tuple[range, list[int]]] = []
-        self.alone: dict[int, list[int]] = {rank: [] for rank in range(world_size)}
-        self._single = [range(rank, rank + 1) for rank in range(world_size)]
-        self.used = 0
+    def __init__(
+        self, lengths: Sequence[int], work: Sequence[int], world_size: int, most_tokens: int | None, target: float
+    ) -> None:
         self.lengths = lengths
-        self.work = [_pairs(length, 0, length, causal) for length in lengths]
+        self.work = work
+        self.world_size = world_size
         self.most_tokens = most_tokens
         self.target = target
+        self.loads = np.zeros(world_size)
+        self.tokens = np.zeros(world_size, dtype=np.int64)
+        self.alone: list[list[int]] = [[] for _ in range(world_size)]
+        self.rings: list[tuple[range, list[int]]] = []
+        self.used = 0
+        # of each ring: its ranks, and the most that one of them has
+        self.sizes = np.ones(world_size, dtype=np.int64)
+        self.ring_loads = np.zeros(world_size)
+        self.ring_tokens = np.zeros(world_size, dtype=np.int64)
+        self.ring_of: list[int | None] = [None] * world_size
 
     def fill(self) -> tuple[Ring, ...] | None:
         """The rings; None if a document has no place."""
         for document in sorted(range(len(self.lengths)), key=lambda document: (-self.work[document], document)):
             size = self._wanted(document)
-            if size > 1 and size <= len(self.loads) - self.used:
-                self.rings.append((range(self.used, self.used + size), []))
-                self.used += size
-            shared = [ranks for ranks, _ in self.rings]
+            if 1 < size <= self.world_size - self.used:
+                self._open(size)
+            load, rank = self._rank(document) if size == 1 else (inf, 0)
             # a document that one rank can take within the target moves nothing there
-            chosen = self._best(document, self._single, self.target) if size == 1 else None
-            chosen = chosen or self._best(document, [*shared, *(self._single if size == 1 else ())])
-            if chosen is None:
-                return None
-            self._put(document, chosen)
+            if load > self.target:
+                shared, ring = self._ring(document)
+                if load == shared == inf:
+                    return None
+                if shared < load:
+                    self._share(document, ring)
+                    continue
+            self._give(document, rank)
         return self._placed()
 
     def _wanted(self, document: int) -> int:
         """Ranks for a document, by work and by memory."""
-        by_work = ceil(self.work[document] / self.target) if self.target else len(self.loads)
+        by_work = ceil(self.work[document] / self.target) if self.target else self.world_size
         by_memory = -(-self.lengths[document] // self.most_tokens) if self.most_tokens else 1
-        return min(len(self.loads), max(1, by_work, by_memory))
+        return min(self.world_size, max(1, by_work, by_memory))
 
-    def _best(self, document: int, places: Iterable[range], most: float = inf) -> range | None:
-        """Where the most laden rank of the place has least to do, and no more than `most`, with its part of the document."""
-        fitting = []
-        for ranks in places:
-            tokens = max(self.tokens[rank] for rank in ranks) + -(-self.lengths[document] // len(ranks))
-            load = max(self.loads[rank] for rank in ranks) + self.work[document] / len(ranks)
-            if load <= most and (self.most_tokens is None or tokens <= self.most_tokens):
-                fitting.append((load, len(ranks), ranks.start, ranks))
-        return min(fitting, key=lambda found: found[:3])[3] if fitting else None
+    def _open(self, size: int) -> None:
+        """A ring of the next ranks: these have nothing yet, as the documents that need several come first."""
+        ranks = range(self.used, self.used + size)
+        self.ring_of[ranks.start : ranks.stop] = [len(self.rings)] * size
+        self.sizes[len(self.rings)] = size
+        self.rings.append((ranks, []))
+        self.used += size
 
-    def _put(self, document: int, ranks: range) -> None:
-        for rank in ranks:
-            self.loads[rank] += self.work[document] / len(ranks)
-            self.tokens[rank] += -(-self.lengths[document] // len(ranks))
-        held = next((documents for shared, documents in self.rings if shared == ranks), None)
-        (self.alone[ranks.start] if held is None else held).append(document)
+    def _rank(self, document: int) -> tuple[float, int]:
+        """The work of the rank that has least with the document, and which; inf if no rank has room for its tokens."""
+        loads = self.loads + float(self.work[document])
+        if self.most_tokens is not None:
+            loads[self.tokens + self.lengths[document] > self.most_tokens] = inf
+        rank = int(loads.argmin())
+        return float(loads[rank]), rank
+
+    def _ring(self, document: int) -> tuple[float, int]:
+        """As `_rank`, of the most laden rank of a ring with its part of the document; of equal ones the smallest, first ring."""
+        count = len(self.rings)
+        if not count:
+            return inf, 0
+        sizes = self.sizes[:count]
+        loads = self.ring_loads[:count] + float(self.work[document]) / sizes
+        if self.most_tokens is not None:
+            loads[self.ring_tokens[:count] + -(-self.lengths[document] // sizes) > self.most_tokens] = inf
+        least = loads.min()
+        ring = min(np.flatnonzero(loads == least).tolist(), key=lambda index: (sizes[index], index))
+        return float(least), ring
+
+    def _give(self, document: int, rank: int) -> None:
+        self.loads[rank] += self.work[document]
+        self.tokens[rank] += self.lengths[document]
+        self.alone[rank].append(document)
+        ring = self.ring_of[rank]
+        if ring is not None:
+            self.ring_loads[ring] = max(self.ring_loads[ring], self.loads[rank])
+            self.ring_tokens[ring] = max(self.ring_tokens[ring], self.tokens[rank])
+
+    def _share(self, document: int, ring: int) -> None:
+        ranks, documents = self.rings[ring]
+        load, tokens = self.work[document] / len(ranks), -(-self.lengths[document] // len(ranks))
+        for loads, held, place in (
+            (self.loads, self.tokens, slice(ranks.start, ranks.stop)),
+            (self.ring_loads, self.ring_tokens, ring),
+        ):
+            loads[place] += load
+            held[place] += tokens
+        documents.append(document)
 
     def _placed(self) -> tuple[Ring, ...]:
         shared = [
@@ -224,5 +296,5 @@ class _Draft:
             )
             for ranks, documents in self.rings
         ]
-        rest = range(self.used, len(self.loads))
+        rest = range(self.used, self.world_size)
         return (*shared, *(Ring(first=rank, size=1, documents=tuple(sorted(self.alone[rank]))) for rank in rest))

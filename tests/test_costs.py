@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import ringsim
 from ringsim.costs import Costs, _as_a_square
+from ringsim.errors import BeyondFigures
 from ringsim.schedule import Compute
 from ringsim.tile import Span, Tile
 
@@ -63,3 +64,28 @@ def test_tiles_of_one_launch_fill_the_device_together():
     assert seconds(*four) == pytest.approx(seconds(one), rel=1e-12)
     eight = [tile(512, 512, lo=0, heads=8, row=512 * n) for n in range(8)]
     assert seconds(*eight) == pytest.approx(8 * 32 / 132 * seconds(one), rel=1e-12)
+
+
+def test_a_small_tile_in_a_larger_launch_lasts_as_long_as_the_smallest_figure():
+    on = ringsim.load_topology("mi300x", {"devices.mi300x.launch": "0 s"})
+    strict, prices = (Costs(on.spec.devices["mi300x"], WORK, bound=bound) for bound in (False, True))
+
+    def cost(*tiles, by=prices):
+        return by.cost(Compute(id=0, step=0, phase="attend", kernel="attend", reads=(), writes=(), tiles=tiles))
+
+    large, least = tile(4096, 4096, lo=0, heads=32), tile(512, 512, lo=0, heads=32)
+    assert cost(large).bounded_s == 0
+    for rows in (1, 7, 100, 511):
+        small = tile(rows, rows, lo=0, heads=32, row=5000)
+        assert cost(large, small).bounded_s == pytest.approx(cost(large, small).seconds - cost(large).seconds, rel=1e-6)
+        assert cost(large, small).bounded_s == pytest.approx(cost(large, least).seconds - cost(large).seconds, rel=1e-6)
+        with pytest.raises(BeyondFigures):
+            cost(small, by=strict)
+
+
+def test_a_prediction_says_how_much_of_it_is_such_a_bound():
+    machine = ringsim.load_topology("mi300x")
+    for text, some in (("causal & documents(100, 65436)", True), ("causal & (first(4) | window(1020))", True), ("causal", False)):
+        work = ringsim.Workload(q_len=2**16, heads=32, head_dim=128, dtype="bfloat16", mask=ringsim.mask_named(text))
+        timeline = ringsim.simulate(ringsim.Schedule(workload=work, world_size=8, partition="zigzag"), machine)
+        assert (timeline.facts["bounded"] > 0) is some

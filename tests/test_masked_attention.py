@@ -190,7 +190,7 @@ def test_cu_seqlens_want_as_many_keys_as_queries():
         ({"mask": Window(3)}, r"rank 1: mask is causal & window\(3\) where rank 0 has causal"),
         ({"causal": False}, "rank 1: mask is full where rank 0 has causal"),
         ({"mask": "windowed(3)"}, "rank 1: unknown mask 'windowed'"),
-        ({"mask": 7}, "rank 1: 7 does not compose"),
+        ({"mask": 7}, "rank 1: mask is int; give a mask"),
         ({"cu_seqlens": [0, 9]}, r"rank 1: mask is causal & documents\(9\) where rank 0 has causal"),
         ({"packed": True}, r"rank 1: q is float64\(..., 4, 8\) where rank 0 has float64\(1, ..., 4, 8\)"),
         ({"q": 0}, "q has 3 dimensions, k has 4 dimensions, v has 4 dimensions; all must be"),

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+import tracemalloc
 from fractions import Fraction
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringsim.balance import GOOD, NEAR, balanced, partitions, work_of
+from ringsim.balance import GOOD, NEAR, _deal, _exchange, _swap, balanced, partitions, work_of
 from ringsim.errors import WorkloadError
 from ringsim.mask import Causal, Documents, Full, Window
 from ringsim.partition import Partition, apportion, runs_text
@@ -258,12 +259,74 @@ def test_keys_are_split_as_queries_where_that_can_be(text, options, keys):
     assert (queries.length, found.length, found.kind) == (64, work.kv_len, keys)
 
 
-@pytest.mark.parametrize("text", ["balanced(0)", "balanced(x)", "balanced(1,2)", "balanced(m=3)", "balanced(5000)"])
+@pytest.mark.parametrize(
+    "text", ["balanced(0)", "balanced(x)", "balanced(1,2)", "balanced(m=3)", "balanced(5000)", "balanced(-1)"]
+)
 def test_balanced_with_other_arguments_is_refused(text):
     with pytest.raises(
         WorkloadError, match=re.escape(f"partition {text!r}: balanced takes at most the chunks per rank, 1 to 4096")
     ):
         partitions(text, Workload(q_len=64), 2)
+
+
+@pytest.mark.parametrize("chunks", [0, -1, 5000, 2.5, "x", "8", True, [8]])
+def test_chunks_that_the_text_refuses_the_function_refuses(chunks):
+    with pytest.raises(
+        WorkloadError, match=re.escape(f"chunks {chunks!r}: balanced takes at most the chunks per rank, 1 to 4096")
+    ):
+        balanced(Workload(q_len=64), 2, chunks)
+
+
+def test_a_number_of_very_many_digits_is_refused_in_short():
+    with pytest.raises(WorkloadError, match="balanced takes at most the chunks per rank") as refused:
+        partitions(f"balanced({'9' * 5000})", Workload(q_len=64), 2)
+    assert len(str(refused.value)) < 200
+
+
+def best_swap(work, owners, loads):
+    """The larger of two loads after the best swap of a chunk of the most laden rank, of all pairs; its load if none lowers it."""
+    top = int(np.argmax(loads))
+    mine, others = np.flatnonzero(owners == top), np.flatnonzero(owners != top)
+    moved = work[mine][:, None] - work[others]
+    return np.maximum(loads[top] - moved, loads[owners[others]] + moved).min(initial=loads[top])
+
+
+@REPEATABLE
+@given(st.data(), st.integers(1, 6), st.integers(1, 6))
+def test_a_swap_is_the_best_of_all_pairs_of_chunks(data, world_size, chunks):
+    work = np.array(data.draw(st.lists(st.integers(0, 99), min_size=world_size * chunks, max_size=world_size * chunks)))
+    owners = np.repeat(np.arange(world_size), chunks)
+    loads = np.bincount(owners, weights=work, minlength=world_size).astype(np.int64)
+    top = int(np.argmax(loads))
+    before = loads[top]
+    best = best_swap(work, owners, loads)
+    held = np.argsort(owners * 1000 + work, kind="stable").reshape(world_size, chunks)
+    found = _exchange(work, held, loads, top, np.flatnonzero(np.arange(world_size) != top)) if world_size > 1 else None
+    if found is None:
+        assert best == before
+    else:
+        other, mine, theirs = found
+        moved = work[held[top, mine]] - work[held[other, theirs]]
+        assert max(before - moved, loads[other] + moved) == best < before
+    _swap(work, owners, loads)
+    assert loads.tolist() == np.bincount(owners, weights=work, minlength=world_size).astype(int).tolist()
+    assert np.bincount(owners, minlength=world_size).tolist() == [chunks] * world_size
+    assert best_swap(work, owners, loads) == loads.max()
+
+
+def test_many_chunks_are_dealt_in_little_time_and_memory():
+    lengths = lengths_of(300, 2**18)
+    work = Workload(q_len=sum(lengths), mask=Causal() & Documents(lengths))
+    chunks = np.array(work_of(cut("contiguous", work.q_len, 16 * 1024), work))
+    start = time.process_time()
+    owners = _deal(chunks, 16)
+    assert time.process_time() - start < 1
+    tracemalloc.start()
+    assert np.array_equal(_deal(chunks, 16), owners)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    loads = np.bincount(owners, weights=chunks)
+    assert loads.max() < 1.00001 * loads.mean()
 
 
 @pytest.mark.parametrize("text", ["unheard-of", None, 3])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -105,8 +106,21 @@ def test_memory_takes_ranks_that_work_would_not():
 @pytest.mark.parametrize(
     ("lengths", "world_size", "options", "message"),
     [
-        ((8, -1), 2, {}, "rings need world_size >= 1 and lengths >= 0, not 2 and -1"),
-        ((8,), 0, {}, "rings need world_size >= 1 and lengths >= 0, not 0 and 8"),
+        ((8, -1), 2, {}, "lengths[1] is -1; it must be a whole number from 0 to"),
+        ((8, True), 2, {}, "lengths[1] is True; it must be a whole number from 0 to"),
+        ((5.5,), 2, {}, "lengths[0] is 5.5; it must be a whole number"),
+        (("a",), 2, {}, "lengths[0] is 'a'; it must be a whole number"),
+        (5, 2, {}, "lengths are 5; they must be a sequence of whole numbers"),
+        (None, 2, {}, "lengths are None; they must be a sequence of whole numbers"),
+        ((8,), 0, {}, "world_size is 0; it must be a whole number from 1 to"),
+        ((8,), 2.0, {}, "world_size is 2.0; it must be a whole number"),
+        ((8,), 2, {"most_tokens": 5.5}, "most_tokens is 5.5; it must be a whole number"),
+        ((8,), 2, {"most_tokens": -1}, "most_tokens is -1; it must be a whole number from 0 to"),
+        ((8,), 2, {"slack": -1}, "slack is -1; it must be a number >= 0, such as 0.05"),
+        ((8,), 2, {"slack": float("nan")}, "slack is nan; it must be a number >= 0"),
+        ((8,), 2, {"slack": float("inf")}, "slack is inf; it must be a number >= 0"),
+        ((8,), 2, {"slack": "5 %"}, "slack is '5 %'; it must be a number >= 0"),
+        ((8,), 2, {"slack": True}, "slack is True; it must be a number >= 0"),
         (
             (900, 100),
             4,
@@ -123,6 +137,28 @@ def test_documents_that_do_not_fit_are_refused(lengths, world_size, options, mes
         return
     with pytest.raises(WorkloadError, match=re.escape(message)):
         size_rings(lengths, world_size, **options)
+
+
+def test_documents_may_be_an_array_and_of_any_whole_length():
+    plan = size_rings(np.array([900, 500, 300]), np.int64(4))
+    assert plan == size_rings((900, 500, 300), 4)
+    assert {type(length) for length in plan.lengths} == {int}
+    # more pairs than 64 bits count, and than a float holds exactly
+    lengths = (2**40, 2**39 + 1, 2**33 + 7)
+    for causal in (True, False):
+        plan = size_rings(lengths, 3, causal=causal, slack=0)
+        assert sum(plan.work) == sum(length * (length + 1) // 2 if causal else length**2 for length in lengths)
+        assert sum(plan.tokens) == sum(lengths)
+
+
+def test_thousands_of_documents_on_hundreds_of_ranks_take_about_a_second():
+    lengths = np.maximum(1, np.random.default_rng(0).lognormal(7, 1.2, 8000)).astype(int)
+    for most_tokens in (None, int(1.2 * lengths.sum() / 512)):
+        start = time.process_time()
+        plan = size_rings(lengths, 512, most_tokens=most_tokens)
+        assert time.process_time() - start < 5
+        assert max(plan.work) < 1.06 * sum(plan.work) / 512
+        assert plan.moved_tokens < lengths.sum()
 
 
 class World:

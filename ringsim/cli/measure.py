@@ -172,6 +172,7 @@ def run(
     job = plan(ctx)
     transport = open_transport(timeout)
     agree("run", transport, repeats=repeats, warmup=warmup, seed=seed, check=check)
+    on_leader(transport, lambda: job.schedule(transport.world_size).partition)
     on_leader(transport, lambda: check_outputs(json_path, trace_path))
     done = measure(transport, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, threads=threads, check=check)
     out = console()

@@ -15,6 +15,7 @@ from .. import topology, units, workload_file
 from ..dtypes import ALIASES, ATTENTION
 from ..errors import RingsimError, WorkloadError
 from ..mask import both, mask_named
+from ..partition import WEIGHTED
 from ..schedule import Schedule
 from ..schedule.schedule import SYNCS
 from ..shares import even_out
@@ -22,7 +23,7 @@ from ..topology.spec import ORDERS
 from ..workload import Workload
 
 Command = Callable[..., Any]
-BY_MACHINE: Final = "(machine)"
+BY_MACHINE: Final = {f"{kind}(machine)": kind for kind in WEIGHTED}
 
 
 class Quantity(click.ParamType):  # type: ignore[type-arg]
@@ -153,23 +154,26 @@ class Plan:
     source: Path | None = None
 
     def schedule(self, world_size: int, on: topology.Topology | None = None) -> Schedule:
-        """The schedule on `world_size` ranks, whose partition ``zigzag(machine)`` asks for the machine. Raises WorkloadError."""
-        kind, by_machine, _ = self.partition.partition(BY_MACHINE)
+        """The schedule on `world_size` ranks, whose partition ``zigzag(machine)`` asks for the machine.
+
+        Raises WorkloadError, and TopologyError where the machine has no place for the ranks.
+        """
+        if on is not None:
+            on.place(world_size)
+        kind = BY_MACHINE.get(self.partition.replace(" ", ""))
         try:
+            if kind is not None and on is None:
+                raise WorkloadError(f"partition {self.partition!r}: this command knows no machine; give the weights as numbers")
             made = Schedule(
                 workload=self.workload,
                 world_size=world_size,
-                partition=kind if by_machine else self.partition,
+                partition=kind or self.partition,
                 strategy=self.strategy,
                 sync=self.sync,
             )
-            if not by_machine:
-                return made
-            if on is None:
-                raise WorkloadError(f"partition {self.partition!r}: this command knows no machine; give the weights as numbers")
-            return replace(made, partition=even_out(made, on).partition)
         except WorkloadError as error:
             raise WorkloadError(f"{self.source}: {error}" if self.source else str(error)) from None
+        return made if kind is None or on is None else replace(made, partition=even_out(made, on).partition)
 
 
 def shape(values: dict[str, Any]) -> dict[str, Any]:
@@ -189,12 +193,15 @@ def plan(ctx: click.Context) -> Plan:
                 values[name] = value
     if values["seq"] is None:
         raise click.UsageError("how long is the sequence? Give --seq, e.g. --seq 8K", ctx)
-    workload = Workload(
-        q_len=values["seq"],
-        kv_len=values["kv_seq"],
-        q_offset=values["q_offset"] or 0,
-        softmax_scale=values["softmax_scale"],
-        **shape(values),
-    )
+    try:
+        workload = Workload(
+            q_len=values["seq"],
+            kv_len=values["kv_seq"],
+            q_offset=values["q_offset"] or 0,
+            softmax_scale=values["softmax_scale"],
+            **shape(values),
+        )
+    except WorkloadError as error:
+        raise WorkloadError(f"{path}: {error}" if path else str(error)) from None
     cut = {name: values[name] for name in ("partition", "strategy", "sync")}
     return Plan(workload=workload, source=path, **cut)

@@ -110,13 +110,16 @@ def breakeven(
     """Find the smallest block of tokens per device at which each MACHINE hides its hops, by simulation."""
     check_outputs(json_path)
     shape = options.shape(ctx.params)
-    if shape["mask"].extent is not None:
-        raise click.UsageError("blocks of any length are sought: give a --mask that does not count tokens", ctx)
+    if shape["mask"].extent is not None or partition.strip().startswith("runs"):
+        raise click.UsageError("blocks of any length are sought: give a --mask and a --partition that do not count tokens", ctx)
+    if partition in options.BY_MACHINE:
+        raise click.UsageError(f"--partition {partition} is for a length: give the weights as numbers", ctx)
     workload = Workload(q_len=1, **shape)
     found = []
     with progress("seeking", len(names)) as advance:
         for name in names:
             on = machine(ctx, name)
+            on.place(ranks or len(on.slots))
             start = Schedule(workload=workload, world_size=ranks or len(on.slots), partition=partition, strategy=strategy)
             found.append(find_breakeven(start, on, multiple=multiple))
             advance(name)

@@ -16,14 +16,14 @@ MOST: Final = 2**40
 """Of any position or count: sums of them stay far inside 64 bits."""
 
 
-def count_of(what: str, value: Any) -> int:
-    """`value` as a whole number from 0 to MOST. Raises WorkloadError."""
+def count_of(what: str, value: Any, *, least: int = 0) -> int:
+    """`value` as a whole number from `least` to MOST. Raises WorkloadError."""
     try:
         number = operator.index(value)
     except TypeError:
         raise WorkloadError(f"{what} is {shown(value)}; it must be a whole number") from None
-    if isinstance(value, bool) or not 0 <= number <= MOST:
-        raise WorkloadError(f"{what} is {shown(value)}; it must be a whole number from 0 to {MOST}")
+    if isinstance(value, bool) or not least <= number <= MOST:
+        raise WorkloadError(f"{what} is {shown(value)}; it must be a whole number from {least} to {MOST}")
     return number
 
 

@@ -4,7 +4,7 @@ from .emitter import Emitter
 from .job import Block, Job
 from .loops import Lane
 from .ops import Compute, Op, Recv, Region, Send, Wait
-from .registry import STRATEGIES, strategy
+from .registry import STRATEGIES, any_rank, strategy, where_all_is_seen
 from .schedule import Schedule
 
 # these import from here
@@ -23,6 +23,8 @@ __all__ = [
     "Schedule",
     "Send",
     "Wait",
+    "any_rank",
     "strategies",
     "strategy",
+    "where_all_is_seen",
 ]

@@ -29,17 +29,20 @@ MANY = 32
 Process = Generator[simpy.Event, Any, None]
 
 
-def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False, fold: bool | None = None) -> Timeline:
+def simulate(
+    schedule: Schedule, topology: Topology, *, free_hops: bool = False, fold: bool | None = None, bound: bool = True
+) -> Timeline:
     """Predict the timeline of `schedule` on `topology`. Deterministic: equal inputs give equal timelines, to the bit.
 
     With `free_hops` a hop costs nothing once both sides have posted. Of ranks that provably behave alike only one of each kind is
     simulated: with `fold` in a world of any size, without in none, by default from 32 ranks on. The timeline is that of all
-    ranks, but for rounding; its `facts` then say that rank r and rank r + `alike` are. Raises TopologyError where a figure is
-    missing and ScheduleError if the ranks deadlock.
+    ranks, but for rounding; its `facts` then say that rank r and rank r + `alike` are. With `bound` tiles smaller than a fused
+    kernel's smallest figure are priced as that one, and facts say of how much computation this is the upper bound (`bounded`, a
+    share); without, they raise BeyondFigures. Raises TopologyError where a figure is missing, ScheduleError if ranks deadlock.
     """
     env = simpy.Environment()
     placed = topology.place(schedule.world_size)
-    costs = _costs(topology, schedule.workload, placed)
+    costs = _costs(topology, schedule.workload, placed, bound=bound)
     look = schedule.world_size >= MANY if fold is None else fold
     with _no_garbage():
         ground = (folded(schedule, topology, placed, costs) if look else None) or whole(topology, placed)
@@ -55,6 +58,8 @@ def simulate(schedule: Schedule, topology: Topology, *, free_hops: bool = False,
         raise ScheduleError(f"deadlock: rank(s) {stuck} wait for ever in schedule {schedule.digest[:12]}")
     events = tuple(event for rank in ranks for event in rank.events)
     made = _timeline(schedule, ground, events, free_hops=free_hops)
+    priced_s = sum(one.priced_s for one in ranks)
+    made.facts["bounded"] = sum(one.bounded_s for one in ranks) / priced_s if priced_s else 0.0
     made.facts["busiest"] = _busiest(topology, ground.carried(network.wires.carried), made.total_s)
     return made
 
@@ -103,10 +108,13 @@ def _no_garbage() -> Iterator[None]:
             gc.enable()
 
 
-def _costs(topology: Topology, workload: Workload, placed: Sequence[int]) -> list[Costs]:
+def _costs(topology: Topology, workload: Workload, placed: Sequence[int], *, bound: bool) -> list[Costs]:
     """Each rank's prices, made once for each kind of device."""
     kinds = [topology.graph.vertices[number].device for number in placed]
-    made = {kind: Costs(topology.spec.devices[kind], workload, f"{topology.name}, {kind}") for kind in dict.fromkeys(kinds)}
+    made = {
+        kind: Costs(topology.spec.devices[kind], workload, f"{topology.name}, {kind}", bound=bound)
+        for kind in dict.fromkeys(kinds)
+    }
     return [made[kind] for kind in kinds]
 
 
@@ -121,6 +129,7 @@ class _Rank:
         self._rank = rank
         self._schedule = schedule
         self._costs = costs
+        self.priced_s = self.bounded_s = 0.0
         self._cores = cores
         self._network = network
         self._posts: dict[int, Posted] = {}
@@ -142,6 +151,8 @@ class _Rank:
 
     def _compute(self, op: Compute) -> Process:
         start_s, cost, polled_s = self._env.now, self._costs.cost(op), 0.0
+        self.priced_s += cost.seconds
+        self.bounded_s += cost.bounded_s
         if self._costs.device.kind == "cpu":
             polled_s = yield from self._run(cost)
         elif self._network.driven:

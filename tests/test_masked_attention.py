@@ -306,3 +306,43 @@ def test_balanced_shards_need_the_mask_and_fit_the_call(strategy):
     for call in (ringsim.shard, ringsim.unshard):
         with pytest.raises(WorkloadError, match="depends on the mask"):
             call(q, partition="balanced", axis=0)
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "said"),
+    [
+        ({"partition": "zigzag"}, {"partition": "contiguous"}, "partition is zigzag where rank"),
+        ({"axis": 2}, {"axis": 1}, "axis is 2 where rank"),
+        ({"partition": "balanced", "mask": "causal"}, {"partition": "balanced", "mask": "full"}, "mask is causal where rank"),
+        (
+            {"partition": "balanced"},
+            {"partition": "balanced", "mask": "full"},
+            "rank 0: partition 'balanced' depends on the mask",
+        ),
+        ({"mask": np.tri(4)}, {}, "rank 0: mask is ndarray; give a mask of ringsim or its text"),
+    ],
+)
+def test_ranks_that_unshard_differently_are_all_told_so(mine, others, said):
+    def run(endpoint):
+        with pytest.raises(RankMismatch, match=said):
+            ringsim.unshard(np.zeros((1, 8, 8, 4)), comm=endpoint, **(others if endpoint.rank else mine))
+
+    spawn(3, run)
+
+
+def test_a_mask_of_the_wrong_type_on_one_rank_is_told_to_all():
+    def run(endpoint):
+        q = np.zeros((1, 4, 1, 8))
+        with pytest.raises(RankMismatch, match=r"rank 0: mask is ndarray; .* ringsim.BlockSparse takes a boolean map"):
+            ringsim.ring_attention(q, q, q, comm=endpoint, mask="causal" if endpoint.rank else np.tri(8))
+
+    spawn(2, run)
+
+
+def test_k_and_v_of_unequal_rows_are_named():
+    def run(endpoint):
+        q, k = np.zeros((1, 20, 1, 8)), np.zeros((1, 20 - endpoint.rank, 1, 8))
+        with pytest.raises(RankMismatch, match="rank 1: k has 19 rows and v 20"):
+            ringsim.ring_attention(q, k, q, comm=endpoint)
+
+    spawn(2, run)

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..errors import ScheduleError
 from ..tile import Tile
 from .ops import Compute, Op, Post, Recv, Region, Send, Wait
+from .outstanding import Outstanding
 
 MAX_MESSAGE_NBYTES = 2**31 - 1
 BARRIER_TAG = 1024
 """Tags of barriers; those of a strategy lie below."""
-
-
-def hazards(reads: tuple[Region, ...], writes: tuple[Region, ...], outstanding: Iterable[Post]) -> tuple[int, ...]:
-    """Ids of the outstanding posts that must complete before an op that reads and writes these regions may start.
-
-    Read after write (a region that is still arriving), write after read (a slot that is still being sent) and write
-    after write. Order among computes is the program's own.
-    """
-    waits = []
-    for post in outstanding:
-        touched = writes if isinstance(post, Send) else (*reads, *writes)
-        for region in touched:
-            if region.overlaps(post.region):
-                waits.append(post.id)
-                break
-    return tuple(waits)
 
 
 class Emitter:
@@ -37,21 +22,20 @@ class Emitter:
         self.rank = rank
         self.step = 0
         self._limit = max_message_nbytes
-        self._outstanding: dict[int, Post] = {}
-        self._touching: dict[tuple[str, int], dict[int, Post]] = {}
+        self._outstanding = Outstanding()
         self._next_id = 0
 
     def recv(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
         """Post a receive, in chunks if it is long; nothing for an empty region."""
         for part in self._chunks(region):
-            yield from self._wait(self._hazards((), (part,)))
+            yield from self._wait(self._outstanding.hazards((), (part,)))
             post = Recv(id=self._take_id(), step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
             yield self._posted(post)
 
     def send(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
         """Post a send, in chunks if it is long; nothing for an empty region."""
         for part in self._chunks(region):
-            yield from self._wait(self._hazards((part,), ()))
+            yield from self._wait(self._outstanding.hazards((part,), ()))
             post = Send(id=self._take_id(), step=self.step, phase=phase, region=part, peer=peer, tag=tag, group=group)
             yield self._posted(post)
 
@@ -66,7 +50,7 @@ class Emitter:
         flops: int = 0,
     ) -> Iterator[Op]:
         """Launch a kernel."""
-        yield from self._wait(self._hazards(reads, writes))
+        yield from self._wait(self._outstanding.hazards(reads, writes))
         yield Compute(
             id=self._take_id(), step=self.step, phase=phase, kernel=kernel, reads=reads, writes=writes, tiles=tiles, flops=flops
         )
@@ -110,21 +94,11 @@ class Emitter:
         if posts:
             yield Wait(id=self._take_id(), step=self.step, phase=phase, posts=posts)
             for post in posts:
-                region = self._outstanding.pop(post).region
-                del self._touching[region.buffer, region.slot][post]
+                self._outstanding.remove(post)
 
     def _posted(self, post: Post) -> Post:
-        self._outstanding[post.id] = post
-        self._touching.setdefault((post.region.buffer, post.region.slot), {})[post.id] = post
+        self._outstanding.add(post)
         return post
-
-    def _hazards(self, reads: tuple[Region, ...], writes: tuple[Region, ...]) -> tuple[int, ...]:
-        """Those among the posts on the slots that are touched."""
-        near: dict[int, Post] = {}
-        for region in (*reads, *writes):
-            if held := self._touching.get((region.buffer, region.slot)):
-                near.update(held)
-        return hazards(reads, writes, [near[post] for post in sorted(near)]) if near else ()
 
     def _take_id(self) -> int:
         self._next_id += 1

@@ -99,17 +99,26 @@ def table(rows: list[tuple[str, list[Case]]], cells: dict[Case, str]) -> str:
 
 def slow_first(cases: Iterable[Case]) -> list[Case]:
     """The many ranks first, so that both cores end together."""
-    return sorted(cases, key=lambda case: -case.gpus)
+    return sorted(cases, key=lambda case: (-case.gpus, case))
 
 
-def main() -> None:
-    """Simulate all, two at a time, and put the tables into the page."""
-    cases = slow_first({case for rows in TABLES.values() for _, of_row in rows for case in of_row})
+def every_case() -> list[Case]:
+    """All that the tables show."""
+    return slow_first({case for rows in TABLES.values() for _, of_row in rows for case in of_row})
+
+
+def simulated(cases: list[Case]) -> dict[Case, str]:
+    """Each cell, two at a time."""
     cells: dict[Case, str] = {}
     with ProcessPoolExecutor(2, max_tasks_per_child=8) as pool:
         for case, found in zip(cases, pool.map(cell, cases), strict=True):
             cells[case] = found
             sys.stderr.write(f"{len(cells)} of {len(cases)}: {' '.join(map(str, case))}: {found}\n")
+    return cells
+
+
+def write(cells: dict[Case, str]) -> None:
+    """Put the tables into the page."""
     text = PAGE.read_text()
     for name, rows in TABLES.items():
         pattern = re.compile(rf"(<!-- {name} -->\n)(?:.|\n)*?(\n<!-- end -->)")
@@ -121,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(simulated(every_case()))

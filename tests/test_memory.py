@@ -133,18 +133,19 @@ def test_causal_contiguous_ranks_differ():
 # what a run really allocates
 
 
-def run_traced(work, ranks, partition):
+def run_traced(work, ranks, partition, strategy="ring"):
     """Peak bytes of a whole run of all ranks in this process, arrays included, and the model's."""
     from ringsim.backends.loopback import World
     from ringsim.backends.numpy import NumpyBackend
     from ringsim.execution import drive_all
 
-    schedule = ringsim.Schedule(workload=work, world_size=ranks, partition=partition)
+    schedule = ringsim.Schedule(workload=work, world_size=ranks, partition=partition, strategy=strategy)
     made = {"q": schedule.job.q_partition, "k": schedule.job.kv_partition, "v": schedule.job.kv_partition}
     predicted = sum(weigh(schedule, rank, blocking=BLOCK).nbytes for rank in range(ranks))
     # what is imported and cached on first use is no part of a run
-    small = [inputs.rows(replace(work, q_len=8, kv_len=8), name, np.arange(8), 0) for name in "qkv"]
-    ringsim.execute(ringsim.Schedule(workload=replace(work, q_len=8, kv_len=8), world_size=ranks, partition=partition), *small)
+    few = replace(work, q_len=8, kv_len=8, mask=ringsim.Causal())
+    small = [inputs.rows(few, name, np.arange(8), 0) for name in "qkv"]
+    ringsim.execute(ringsim.Schedule(workload=few, world_size=ranks, partition=partition, strategy=strategy), *small)
     gc.collect()
     tracemalloc.start()
     try:
@@ -173,6 +174,16 @@ def test_a_real_run_allocates_what_the_model_says(dtype, causal, partition):
     mask = ringsim.Causal() if causal else ringsim.Full()
     work = ringsim.Workload(q_len=6000, heads=8, kv_heads=4, head_dim=64, dtype=dtype, mask=mask)
     peak, predicted = run_traced(work, 3, partition)
+    assert peak == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["bidirectional", "multi-ring(2)", "double-ring(2)", "halo", "q-ring", "token-ring", "pass-q", "ring"]
+)
+@pytest.mark.parametrize(("dtype", "mask"), [("float32", "full"), ("bfloat16", "causal & documents(2000, 3500, 500)")])
+def test_a_run_of_each_strategy_allocates_what_the_model_says(strategy, dtype, mask):
+    work = ringsim.Workload(q_len=6000, heads=8, kv_heads=4, head_dim=64, dtype=dtype, mask=ringsim.mask_named(mask))
+    peak, predicted = run_traced(work, 4, "zigzag", strategy)
     assert peak == pytest.approx(predicted, rel=0.02)
 
 

@@ -1,6 +1,5 @@
 """What validation proves of worlds too large to look at every rank, and of messages in very many chunks."""
 
-import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,57 +9,17 @@ from hypothesis import strategies as st
 
 from ringsim.errors import ScheduleError
 from ringsim.mask import mask_named
-from ringsim.schedule import Compute, Recv, Region, Schedule, Send, Wait
+from ringsim.schedule import Recv, Region, Schedule, Send
 from ringsim.schedule.outstanding import Outstanding
 from ringsim.schedule.place import Place
 from ringsim.schedule.validation import _ranks
 from ringsim.workload import Workload
 
+from .tampering import edited, kernel, post, versions, with_ranks
+
 
 def made(strategy, world_size, **options):
     return Schedule(world_size=world_size, strategy=strategy, **options)
-
-
-def numbered(ops):
-    """Ids counted anew, and waits for what is left."""
-    ids, kept = {}, []
-    for op in ops:
-        if isinstance(op, Wait):
-            posts = tuple(ids[post] for post in op.posts if post in ids)
-            if not posts:
-                continue
-            kept.append(replace(op, id=len(kept), posts=posts))
-        else:
-            ids.setdefault(op.id, len(kept))
-            kept.append(replace(op, id=len(kept)))
-    return tuple(kept)
-
-
-def with_ranks(schedule, **programs):
-    """The schedule with the programs of some ranks (``rank_1=ops``) in place of its own."""
-    given = [programs.get(f"rank_{rank}", tuple(schedule.program(rank))) for rank in range(schedule.world_size)]
-    return replace(schedule, given=tuple(map(numbered, given)))
-
-
-def edited(schedule, rank, change, where, *, which=0):
-    """One op of a rank, the one of that index among those that `where` picks, in place of what `change` makes of it."""
-    ops = list(schedule.program(rank))
-    found = [index for index, op in enumerate(ops) if where(op)]
-    index = found[which]
-    ops[index : index + 1] = change(ops[index])
-    return with_ranks(schedule, **{f"rank_{rank}": ops})
-
-
-def kernel(name):
-    return lambda op: isinstance(op, Compute) and op.kernel == name
-
-
-def post(kind, phase="hop"):
-    return lambda op: isinstance(op, kind) and op.phase == phase
-
-
-def versions(regions, change):
-    return tuple(replace(region, version=region.version + change) for region in regions)
 
 
 def finished_later(schedule, rank, by):
@@ -154,12 +113,12 @@ def test_sampled_programs_that_nothing_was_done_to_are_valid(strategy, mask):
     made(strategy, 65, workload=Workload(q_len=131, heads=2, head_dim=4, mask=mask_named(mask))).validate()
 
 
-def test_many_chunks_are_validated_in_time_that_grows_with_their_number():
+@pytest.mark.timeout(100)
+def test_many_chunks_are_validated():
+    """If each cost in proportion to their number this would take longer than a test may."""
     schedule = made("token-ring", 3, workload=Workload(q_len=39, heads=6), max_message_nbytes=7)
     assert sum(isinstance(op, Send) for op in schedule.program(0)) > 10_000
-    started = time.process_time()
     schedule.validate()
-    assert time.process_time() - started < 20
 
 
 @given(

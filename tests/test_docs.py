@@ -20,7 +20,8 @@ from ringsim.topology.spec import Spec
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
-    r"(?:mpiexec -n \d+ |^ *)ringsim ((?:simulate|memory|breakeven|run|calibrate|compare|schedule|strategies|topologies)(?: [^`#\n]*)?)",
+    r"(?:mpiexec -n \d+ |^ *)ringsim "
+    r"((?:simulate|memory|breakeven|run|calibrate|compare|schedule|strategies|topologies)(?: [^`#\n]*)?)",
     re.MULTILINE,
 )
 

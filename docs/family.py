@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import Pool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,8 +110,8 @@ def every_case() -> list[Case]:
 def simulated(cases: list[Case]) -> dict[Case, str]:
     """Each cell, two at a time."""
     cells: dict[Case, str] = {}
-    with ProcessPoolExecutor(2, max_tasks_per_child=8) as pool:
-        for case, found in zip(cases, pool.map(cell, cases), strict=True):
+    with Pool(2, maxtasksperchild=8) as pool:
+        for case, found in zip(cases, pool.imap(cell, cases), strict=True):
             cells[case] = found
             sys.stderr.write(f"{len(cells)} of {len(cases)}: {' '.join(map(str, case))}: {found}\n")
     return cells

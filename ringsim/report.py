@@ -168,7 +168,7 @@ def strategies(known: Sequence[Strategy]) -> RenderableType:
     """What `strategies` prints."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("strategy", no_wrap=True)
-    table.add_column("what travels, and where it is from")
+    table.add_column("what travels")
     for one in known:
         table.add_row(one.usage, one.summary)
     return table

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ringsim.errors import ScheduleError
 from ringsim.mask import mask_named
 from ringsim.schedule import Recv, Region, Schedule, Send
+from ringsim.schedule.emitter import BARRIER_TAG, Emitter
 from ringsim.schedule.outstanding import Outstanding
 from ringsim.schedule.place import Place
 from ringsim.schedule.validation import _ranks
@@ -166,3 +167,10 @@ def test_the_posts_that_an_op_must_wait_for_are_those_that_overlap(posts, waited
     assert outstanding.hazards((), (mine,)) == tuple(index for index, _ in near)
     assert outstanding.hazards((mine,), ()) == tuple(index for index, post in near if isinstance(post, Recv))
     assert (list(outstanding), len(outstanding)) == (list(left), len(left))
+
+
+def test_a_strategy_keeps_off_the_tags_of_barriers():
+    region = Region(buffer="k", slot=0, shape=(1,), dtype="uint8", value="k[0]")
+    for tag in (-1, BARRIER_TAG):
+        with pytest.raises(ScheduleError, match=rf"k\[0\] goes with tag {tag}; a strategy's tags are 0 to {BARRIER_TAG - 1}"):
+            next(Emitter(0).send(region, peer=1, tag=tag))

@@ -97,6 +97,8 @@ class Emitter:
                 self._outstanding.remove(post)
 
     def _posted(self, post: Post) -> Post:
+        if post.phase != "barrier" and not 0 <= post.tag < BARRIER_TAG:
+            raise ScheduleError(f"{post.region.value} goes with tag {post.tag}; a strategy's tags are 0 to {BARRIER_TAG - 1}")
         self._outstanding.add(post)
         return post
 

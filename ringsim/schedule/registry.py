@@ -142,15 +142,13 @@ def _find(text: str) -> Choice:
     except TypeError as error:
         raise WorkloadError(f"strategy {text!r}: {error}; write {known.usage}") from None
     bound.apply_defaults()
-    return Choice(known, tuple(_whole(text, p, bound.arguments[p.name]) for p in known.parameters))
+    return Choice(known, tuple(_whole(text, name, value) for name, value in bound.arguments.items()))
 
 
-def _whole(text: str, parameter: inspect.Parameter, value: Any) -> int:
-    name = parameter.name
+def _whole(text: str, name: str, value: Any) -> int:
     if isinstance(value, int):
         return value
     try:
-        count = parse_tokens(value)
-    except RingsimError as error:
-        raise WorkloadError(f"strategy {text!r}: {name}: {error}") from None
-    return count
+        return parse_tokens(value)
+    except RingsimError:
+        raise WorkloadError(f"strategy {text!r}: {name} is {value!r}; give a whole number, such as 8 or 4K") from None

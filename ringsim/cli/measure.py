@@ -18,7 +18,7 @@ from ..calibration import calibrate as calibrate_machine
 from ..comparison import compare as compare_timelines
 from ..dtypes import ALIASES, ATTENTION, canonical
 from ..lowering import Blocking
-from ..mask import Causal
+from ..mask import Full
 from ..schedule import Schedule
 from ..simulation import simulate
 from ..timeline import Timeline
@@ -65,7 +65,8 @@ def measure(
     if warmup:
         # what is imported and cached on first use is no part of a run
         work = job.workload
-        few = replace(work, q_len=min(work.q_len, 8), kv_len=min(work.kv_len, 8), mask=Causal())
+        mask = work.mask if work.mask.extent is None else Full()
+        few = replace(work, q_len=min(work.q_len, 8), kv_len=min(work.kv_len, 8), mask=mask)
         small = replace(job, workload=few, partition="contiguous", strategy="ring")
         attention, arrays = prepare(transport, small, seed=seed, timeout=timeout, threads=threads)
         attention(*arrays[:3], out=arrays[3])

@@ -85,6 +85,13 @@ class Partition:
             raise WorkloadError(f"rank {rank} is outside a world of {self.world_size}")
         return _spans(self, rank)[1]
 
+    @property
+    def everyone(self) -> bool:
+        """Whether every rank holds a token."""
+        if self.kind in KINDS:
+            return self.length >= self.world_size
+        return all(self.count(rank) for rank in range(self.world_size))
+
     def positions(self, rank: int) -> IntArray:
         """Global positions of the rank's tokens, in local order, shape (count,); rotary embeddings need them."""
         spans = self.spans(rank)

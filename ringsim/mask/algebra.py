@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -85,14 +85,15 @@ class Full(Expression):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class And(Expression):
-    """Seen where every one of `masks` sees; `both` makes it."""
+class _Several(Expression):
+    """What `And` and `Or` have in common."""
 
+    sign: ClassVar[str]
     masks: tuple[Expression, ...]
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", _joined(" & ", self.masks))
+        object.__setattr__(self, "name", _joined(f" {self.sign} ", self.masks))
 
     @property
     def extent(self) -> int | None:
@@ -103,6 +104,13 @@ class And(Expression):
     def banded(self) -> bool:
         """Whether one is."""
         return any(mask.banded for mask in self.masks)
+
+
+class And(_Several):
+    """Seen where every one of `masks` sees; `both` makes it."""
+
+    __slots__ = ()
+    sign = "&"
 
     def pieces(self, q: Span, k: Span) -> tuple[Piece, ...]:
         """The pieces of each within those of the ones before."""
@@ -120,25 +128,11 @@ class And(Expression):
         return seen
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Or(Expression):
+class Or(_Several):
     """Seen where one of `masks` sees; `either` makes it."""
 
-    masks: tuple[Expression, ...]
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", _joined(" | ", self.masks))
-
-    @property
-    def extent(self) -> int | None:
-        """The longest of theirs."""
-        return _longest(self.masks)
-
-    @property
-    def banded(self) -> bool:
-        """Whether one is."""
-        return any(mask.banded for mask in self.masks)
+    __slots__ = ()
+    sign = "|"
 
     def pieces(self, q: Span, k: Span) -> tuple[Piece, ...]:
         """What each shows of what the ones before hide."""

@@ -71,13 +71,8 @@ def components(job: Job) -> tuple[Loop, ...]:
 
 
 def _components(job: Job) -> tuple[Loop, ...]:
-    ranks = range(job.world_size)
     if isinstance(job.workload.mask, Full) and job.workload.lengths is None and job.workload.batch:
-        # whoever has a query needs whoever has a key
-        sides = [{rank for rank in ranks if side.count(rank)} for side in (job.q_partition, job.kv_partition)]
-        together = sides[0] | sides[1] if all(sides) else set()
-        loops = [tuple(sorted(together))] if together else []
-        return tuple(sorted([*loops, *((rank,) for rank in ranks if rank not in together)]))
+        return _all_together(job)
     group = list(range(job.world_size))
 
     def root(rank: int) -> int:
@@ -99,6 +94,17 @@ def _components(job: Job) -> tuple[Loop, ...]:
                 join(a, b)
     roots = [root(rank) for rank in range(job.world_size)]
     return tuple(tuple(rank for rank, of in enumerate(roots) if of == first) for first in dict.fromkeys(roots))
+
+
+def _all_together(job: Job) -> tuple[Loop, ...]:
+    """Where all is seen whoever has a query needs whoever has a key."""
+    ranks = range(job.world_size)
+    if job.q_partition.everyone and job.kv_partition.everyone:
+        return (tuple(ranks),)
+    sides = [{rank for rank in ranks if side.count(rank)} for side in (job.q_partition, job.kv_partition)]
+    together = sides[0] | sides[1] if all(sides) else set()
+    loops = [tuple(sorted(together))] if together else []
+    return tuple(sorted([*loops, *((rank,) for rank in ranks if rank not in together)]))
 
 
 def backwards(loop: Loop) -> Loop:

@@ -1,4 +1,4 @@
-"""Dense attention in float64: the answer that every schedule and backend must agree with."""
+"""Dense attention and its gradients in float64: the answer that every schedule and backend must agree with."""
 
 from __future__ import annotations
 
@@ -62,3 +62,47 @@ def _one_head(q: Array, k: Array, v: Array, seen: npt.NDArray[np.bool_], scale: 
                 out[row] = weight[see] @ v[see]
         lse = (row_max + np.log(row_sum))[:, 0]
     return out, lse
+
+
+def dense_backward(
+    workload: Workload, dout: Array, q: Array, k: Array, v: Array, *, dtype: str = "float64"
+) -> tuple[Array, Array, Array]:
+    """Gradients of ``sum(dout * out)`` with respect to global q, k and v (shapes as in Workload), computed in `dtype`.
+
+    dout is (batch, q_len, heads, v_head_dim). Returns dq, dk and dv, of the shapes of q, k and v. A query that sees no key
+    gets 0 and adds nothing to dk and dv. FlashAttention-2, arXiv 2307.08691, section 2.2.
+    """
+    group = workload.heads // workload.kv_heads
+    dq, dk, dv = (np.zeros(array.shape, dtype) for array in (q, k, v))
+    for (first, end), queries, keys in workload.sequences():
+        at_once = max(1, min(ROWS_AT_ONCE, PAIRS_AT_ONCE // max(keys, 1)))
+        for begin in range(0, queries, at_once):
+            rows = np.arange(begin, min(begin + at_once, queries))
+            seen = workload.mask.visible(workload.q_offset + rows, workload.kv_offset + np.arange(keys))
+            for batch in range(first, end):
+                for head in range(workload.heads):
+                    rows_dout, rows_q = (np.asarray(x[batch, rows, head], dtype) for x in (dout, q))
+                    rows_k, rows_v = (np.asarray(x[batch, :keys, head // group], dtype) for x in (k, v))
+                    parts = _one_head_backward(rows_dout, rows_q, rows_k, rows_v, seen=seen, scale=workload.softmax_scale)
+                    dq[batch, rows, head] = parts[0]
+                    dk[batch, :keys, head // group] += parts[1]
+                    dv[batch, :keys, head // group] += parts[2]
+    return dq, dk, dv
+
+
+def _one_head_backward(
+    dout: Array, q: Array, k: Array, v: Array, *, seen: npt.NDArray[np.bool_], scale: float
+) -> tuple[Array, Array, Array]:
+    with np.errstate(all="ignore"):
+        out, lse = _one_head(q, k, v, seen, scale)
+        factor = q.dtype.type(scale)
+        weights = np.where(seen, np.exp((q @ k.T) * factor - lse[:, None]), 0)
+        dscores = np.where(seen, dout @ v.T - (dout * out).sum(axis=1, keepdims=True), 0) * weights * factor
+        if all(np.isfinite(array).all() for array in (dout, q, k, v)):
+            return dscores @ k, dscores.T @ q, weights.T @ dout
+        dq, dk, dv = (np.zeros_like(array) for array in (q, k, v))
+        for row, see in enumerate(seen):
+            dq[row] = dscores[row, see] @ k[see]
+            dk[see] += np.outer(dscores[row, see], q[row])
+            dv[see] += np.outer(weights[row, see], dout[row])
+    return dq, dk, dv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, log2
 from typing import Any
@@ -40,11 +41,41 @@ def interpolate(points: tuple[tuple[float, float], ...], pairs: float, what: str
     return below if right == left else below + (above - below) * (log2(pairs / left) / log2(right / left))
 
 
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """How a device computes one pass of attention: figures with their weights, the lowering, and what a pair and a tile take."""
+
+    tables: tuple[tuple[float, Attention], ...]
+    blocking: Blocking
+    flops_per_pair: int
+    nbytes: Callable[[Workload, Tile], int]
+    by_keys: bool
+    """Whether a block of keys, not of queries, is what one unit of the device computes."""
+
+    @classmethod
+    def forward(cls, tables: tuple[tuple[float, Attention], ...], workload: Workload) -> Fused:
+        """Scores and output."""
+        flops_per_pair = 2 * (workload.head_dim + workload.v_head_dim)
+        return cls(tables, _blocking(tables), flops_per_pair, pass_nbytes, by_keys=False)
+
+    @classmethod
+    def backward(cls, tables: tuple[tuple[float, Attention], ...], workload: Workload) -> Fused:
+        """Scores anew, dp, dv, dq and dk. FlashAttention-2, arXiv:2307.08691, section 3.2: one block of keys to a unit."""
+        own = tuple((weight, table.of_backward()) for weight, table in tables)
+        flops_per_pair = 2 * (3 * workload.head_dim + 2 * workload.v_head_dim)
+        return cls(own, _blocking(own), flops_per_pair, backward_pass_nbytes, by_keys=True)
+
+    def block_rows(self) -> int:
+        """Rows of the blocks that units of the device compute."""
+        return self.blocking.k_rows if self.by_keys else self.blocking.q_rows
+
+
 class Costs:
     """Prices of one workload's ops on one device. Raises TopologyError where the device, `name`, has no figure for it.
 
     With `bound` a tile of a fused kernel that is smaller than the smallest figure is taken to last as long as that one;
-    without it, it raises BeyondFigures.
+    without it, it raises BeyondFigures. Without figures of its own the backward pass has the forward's efficiencies, on
+    its own FLOPs: `borrowed` says of what that holds.
     """
 
     def __init__(self, device: Device, workload: Workload, name: str = "device", *, bound: bool = True) -> None:
@@ -52,56 +83,72 @@ class Costs:
         self.bound = bound
         self.name = name
         self.workload = workload
-        self.tables = _tables(device, workload, name)
-        table = self.tables[0][1].micro_tile
-        self.blocking = Blocking(q_rows=table.q_rows, k_rows=table.k_rows, edge_rows=table.edge_rows, exact=table.exact)
-        self._prices: dict[tuple[tuple[Any, ...], ...], Cost] = {}
+        tables = _tables(device, workload, name)
+        self._fused = {"attend": Fused.forward(tables, workload), "attend_backward": Fused.backward(tables, workload)}
+        self._overhead_s = sum(weight * device.overhead_s(table) for weight, table in tables)
+        self.borrowed = tuple(f"{table.dtype} head_dim {table.head_dim}" for _, table in tables if table.backward is None)
+        self._prices: dict[tuple[str, tuple[tuple[Any, ...], ...]], Cost] = {}
+
+    @property
+    def blocking(self) -> Blocking:
+        """The lowering of the forward pass."""
+        return self._fused["attend"].blocking
+
+    @property
+    def backward_blocking(self) -> Blocking:
+        """The lowering of the backward pass."""
+        return self._fused["attend_backward"].blocking
 
     def cost(self, op: Compute) -> Cost:
         """Device seconds and pieces of an op."""
-        if op.kernel == "attend":
-            key = tuple(map(_shape, op.tiles))
-            found = self._prices.get(key)
-            if found is None:
-                found = self._prices[key] = self._attend(op.tiles)
-            return found
-        overhead = sum(weight * self.device.overhead_s(table) for weight, table in self.tables)
-        pieces = max(self.workload.batch * self.workload.heads, 1)
-        return Cost(overhead + op.nbytes / (self.device.memory_bandwidth * self.device.speed), pieces)
+        fused = self._fused.get(op.kernel)
+        if fused is None:
+            pieces = max(self.workload.batch * self.workload.heads, 1)
+            return Cost(self._overhead_s + op.nbytes / (self.device.memory_bandwidth * self.device.speed), pieces)
+        key = (op.kernel, tuple(map(_shape, op.tiles)))
+        found = self._prices.get(key)
+        if found is None:
+            found = self._prices[key] = self._attend(fused, op.tiles)
+        return found
 
-    def _attend(self, tiles: tuple[Tile, ...]) -> Cost:
-        pieces = sum(micro.count * _copies(tile) for tile in tiles for micro in self.blocking.micro_tiles(tile))
-        parts = [(weight, *self._attend_by(table, tiles)) for weight, table in self.tables]
+    def _attend(self, fused: Fused, tiles: tuple[Tile, ...]) -> Cost:
+        pieces = sum(micro.count * _copies(tile) for tile in tiles for micro in fused.blocking.micro_tiles(tile))
+        parts = [(weight, *self._attend_by(fused, table, tiles)) for weight, table in fused.tables]
         seconds, bounded_s = (sum(part[0] * part[index] for part in parts) for index in (1, 2))
         return Cost(seconds, max(pieces, 1), bounded_s)
 
-    def _attend_by(self, table: Attention, tiles: tuple[Tile, ...]) -> tuple[float, float]:
+    def _attend_by(self, fused: Fused, table: Attention, tiles: tuple[Tile, ...]) -> tuple[float, float]:
         seconds, rate, bounded_s = self.device.overhead_s(table), self.device.rate(table), 0.0
-        flops_per_pair = 2 * (self.workload.head_dim + self.workload.v_head_dim)
-        busy = self._busy(tiles)
+        busy, blocking = self._busy(fused, tiles), fused.blocking
         for tile in tiles:
             copies = _copies(tile)
-            seconds += copies * ceil(tile.q.count / self.blocking.q_rows) * table.block_overhead / self.device.speed
-            for micro in self.blocking.micro_tiles(tile):
+            seconds += copies * ceil(tile.q.count / blocking.q_rows) * table.block_overhead / self.device.speed
+            for micro in blocking.micro_tiles(tile):
                 points, what = (table.masked, "masked") if micro.masked else (table.full, "full")
-                pairs = _as_a_square(tile) if micro.masked and self.blocking.exact else micro.q_rows * micro.k_rows
+                pairs = _as_a_square(tile) if micro.masked and blocking.exact else micro.q_rows * micro.k_rows
                 # no tile takes longer than a larger one
-                priced = max(pairs, points[0][0]) if self.blocking.exact and self.bound else pairs
+                priced = max(pairs, points[0][0]) if blocking.exact and self.bound else pairs
                 held = pairs / priced
                 efficiency = interpolate(points, priced, f"{self.name}, head_dim {table.head_dim}, {what}") * held
-                taken_s = copies * micro.pairs * flops_per_pair / (rate * efficiency * busy)
+                taken_s = copies * micro.pairs * fused.flops_per_pair / (rate * efficiency * busy)
                 seconds += taken_s
                 bounded_s += taken_s if held < 1 else 0.0
             if table.pass_bandwidth is not None:
-                seconds += pass_nbytes(self.workload, tile) / (table.pass_bandwidth * self.device.speed)
+                seconds += fused.nbytes(self.workload, tile) / (table.pass_bandwidth * self.device.speed)
         return seconds, bounded_s
 
-    def _busy(self, tiles: tuple[Tile, ...]) -> float:
-        """The share of the device that a fused kernel keeps busy: one block of query rows of a head to each unit."""
-        if self.device.units is None or not self.blocking.exact:
+    def _busy(self, fused: Fused, tiles: tuple[Tile, ...]) -> float:
+        """The share of the device that a fused kernel keeps busy: one block of rows of a head to each unit."""
+        if self.device.units is None or not fused.blocking.exact:
             return 1.0
         # one launch computes all tiles side by side; a block that is partly filled takes as long as a full one
-        return min(1.0, sum(_copies(tile) * tile.q.count for tile in tiles) / (self.blocking.q_rows * self.device.units))
+        rows = sum(_copies(tile) * (tile.k.count if fused.by_keys else tile.q.count) for tile in tiles)
+        return min(1.0, rows / (fused.block_rows() * self.device.units))
+
+
+def _blocking(tables: tuple[tuple[float, Attention], ...]) -> Blocking:
+    table = tables[0][1].micro_tile
+    return Blocking(q_rows=table.q_rows, k_rows=table.k_rows, edge_rows=table.edge_rows, exact=table.exact)
 
 
 def _shape(tile: Tile) -> tuple[Any, ...]:
@@ -132,10 +179,22 @@ def pass_nbytes(workload: Workload, tile: Tile) -> int:
     """Bytes that a tile brings in and writes back once: q and the partial output for each query head, k and v for each of
     theirs, counted in the dtype of computation.
     """
+    width, v_width = workload.head_dim, workload.v_head_dim
+    return _nbytes(workload, tile, per_query=width + 2 * v_width, per_key=width + v_width)
+
+
+def backward_pass_nbytes(workload: Workload, tile: Tile) -> int:
+    """The same of the backward pass: q, dout and dq's sum in and out for each query head; k, v and the sums of dk and dv in and
+    out for each of theirs.
+    """
+    width, v_width = workload.head_dim, workload.v_head_dim
+    return _nbytes(workload, tile, per_query=3 * width + v_width, per_key=3 * (width + v_width))
+
+
+def _nbytes(workload: Workload, tile: Tile, *, per_query: int, per_key: int) -> int:
     group = workload.heads // workload.kv_heads
     sequences, heads = tile.batch[1] - tile.batch[0], tile.heads[1] - tile.heads[0]
-    elements = tile.q.count * heads * (workload.head_dim + 2 * workload.v_head_dim)
-    elements += tile.k.count * -(-heads // group) * (workload.head_dim + workload.v_head_dim)
+    elements = tile.q.count * heads * per_query + tile.k.count * -(-heads // group) * per_key
     return sequences * elements * ITEMSIZE[accumulator(workload.dtype)]
 
 

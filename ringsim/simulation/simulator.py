@@ -38,7 +38,8 @@ def simulate(
     simulated: with `fold` in a world of any size, without in none, by default from 32 ranks on. The timeline is that of all
     ranks, but for rounding; its `facts` then say that rank r and rank r + `alike` are. With `bound` tiles smaller than a fused
     kernel's smallest figure are priced as that one, and facts say of how much computation this is the upper bound (`bounded`, a
-    share); without, they raise BeyondFigures. Raises TopologyError where a figure is missing, ScheduleError if ranks deadlock.
+    share); without, they raise BeyondFigures. Facts also say which devices' backward passes are priced by their forward's
+    efficiencies (`backward`). Raises TopologyError where a figure is missing, ScheduleError if ranks deadlock.
     """
     env = simpy.Environment()
     placed = topology.place(schedule.world_size)
@@ -60,6 +61,8 @@ def simulate(
     made = _timeline(schedule, ground, events, free_hops=free_hops)
     priced_s = sum(one.priced_s for one in ranks)
     made.facts["bounded"] = sum(one.bounded_s for one in ranks) / priced_s if priced_s else 0.0
+    if schedule.workload.pass_ != "forward" and (borrowed := _borrowed(costs)):
+        made.facts["backward"] = borrowed
     made.facts["busiest"] = _busiest(topology, ground.carried(network.wires.carried), made.total_s)
     return made
 
@@ -116,6 +119,13 @@ def _costs(topology: Topology, workload: Workload, placed: Sequence[int], *, bou
         for kind in dict.fromkeys(kinds)
     }
     return [made[kind] for kind in kinds]
+
+
+def _borrowed(costs: Sequence[Costs]) -> str:
+    """Which devices' backward passes are priced by their forward's efficiencies; empty if none is."""
+    lacking = {one.name: one.borrowed for one in costs if one.borrowed}
+    said = "; ".join(f"{name} has no backward figures for {', '.join(tables)}" for name, tables in lacking.items())
+    return f"forward's efficiencies: {said}" if said else ""
 
 
 class _Rank:

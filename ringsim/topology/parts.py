@@ -40,6 +40,23 @@ class MicroTile(Strict):
     exact: Switch = False
 
 
+class Backward(Strict):
+    """What attention's gradients cost, as `Attention` has it; what it leaves out is as there.
+
+    Efficiencies are those of 2 x (3 head_dim + 2 v_head_dim) FLOPs per pair: the scores anew, dp, dv, dq and dk. Of an `exact`
+    kernel a block of k_rows keys goes through the queries, and finds room on a unit.
+    """
+
+    source: Source | None = None
+    rate: Rate | None = None
+    overhead: Time | None = None
+    block_overhead: Time | None = None
+    pass_bandwidth: Bandwidth | None = None
+    micro_tile: MicroTile | None = None
+    full: Points
+    masked: Points
+
+
 class Attention(Strict):
     """What attention costs for one dtype and head_dim: overhead + blocks x block_overhead + bytes / pass_bandwidth +
     FLOPs / (rate x efficiency).
@@ -47,7 +64,7 @@ class Attention(Strict):
     `rate` and `overhead` are by default the device's `peak` of this dtype and its `launch`. `overhead` comes once per op,
     `block_overhead` once per block of query rows of each tile and head. `pass_bandwidth` prices what is brought in and
     written back once per tile. `full` and `masked` list [pairs per micro-tile, efficiency], linear in log2(pairs) between
-    points; where the micro-tile is `exact`, pairs are the visible ones of the tile.
+    points; where the micro-tile is `exact`, pairs are the visible ones of the tile. `backward` has the same of the gradients.
     """
 
     source: Source | None = None
@@ -60,6 +77,12 @@ class Attention(Strict):
     micro_tile: MicroTile
     full: Points
     masked: Points
+    backward: Backward | None = None
+
+    def of_backward(self) -> Attention:
+        """The entry for gradients: with what `backward` says in place of its own; as it is where it has no such figures."""
+        own = {} if self.backward is None else {name: getattr(self.backward, name) for name in Backward.model_fields}
+        return self.model_copy(update={name: value for name, value in own.items() if value is not None})
 
 
 class Device(Strict):

@@ -51,11 +51,18 @@ def _source(document: Layers, place: Place) -> str:
 def _leaves(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
     key = place[-1]
     if isinstance(value, dict) and set(value) == OWN:
-        yield place, str(value["value"])
+        yield place, _text(value["value"])
     elif isinstance(value, list) and key in TABLES:
-        yield place, f"{len(value)} points, {value[0]} to {value[-1]}" if value else "no points"
+        yield place, _text(value)
     elif isinstance(value, dict | list):
         for inner, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(item, (*place, inner))
     elif (isinstance(value, str) and key != "source" and units.dimension(value)) or key in FACTORS:
         yield place, str(value)
+
+
+def _text(value: Any) -> str:
+    """A figure as written; of a table, how many points from where to where."""
+    if not isinstance(value, list):
+        return str(value)
+    return f"{len(value)} points, {value[0]} to {value[-1]}" if value else "no points"

@@ -20,10 +20,27 @@ class Emitter:
 
     def __init__(self, rank: int, max_message_nbytes: int = MAX_MESSAGE_NBYTES) -> None:
         self.rank = rank
-        self.step = 0
+        self.steps = 0
+        """Steps begun so far, of all passes."""
+        self._first = self._step = 0
         self._limit = max_message_nbytes
         self._outstanding = Outstanding()
         self._next_id = 0
+
+    @property
+    def step(self) -> int:
+        """The step of the ops to come, counted over all passes; a strategy sets it as its own pass counts."""
+        return self._step
+
+    @step.setter
+    def step(self, number: int) -> None:
+        self._step = self._first + number
+        self.steps = max(self.steps, self._step + 1)
+
+    def count_from(self, first: int) -> None:
+        """A pass begins: its step 0 is the program's step `first`."""
+        self._first = first
+        self.step = 0
 
     def recv(self, region: Region, *, peer: int, tag: int, phase: str = "hop", group: str = "ring") -> Iterator[Op]:
         """Post a receive, in chunks if it is long; nothing for an empty region."""

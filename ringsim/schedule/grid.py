@@ -7,7 +7,11 @@ from collections import defaultdict
 from .ops import Compute, Op, Send
 from .schedule import Schedule
 
-LEGEND = "aN: attends the block of rank N, ~ under a band, qM:aN with the queries of rank M; k>N: sends k to rank N; .: nothing"
+LEGEND = (
+    "aN: attends the block of rank N, ~ under a band, qM:aN with the queries of rank M; bN: the same backward; "
+    "k>N: sends k to rank N; .: nothing"
+)
+MARKS = {"attend": "a", "attend_backward": "b"}
 
 
 def cells(schedule: Schedule, ranks: range) -> dict[tuple[int, int], str]:
@@ -23,11 +27,11 @@ def cells(schedule: Schedule, ranks: range) -> dict[tuple[int, int], str]:
 
 def _mark(op: Op, rank: int) -> str:
     if isinstance(op, Compute):
-        if op.kernel != "attend":
+        if op.kernel not in MARKS:
             return ""
         queries, keys = (_owner(region.value) for region in op.reads[:2])
         visitor = "" if queries == str(rank) else f"q{queries}:"
-        return f"{visitor}a{keys}{'~' if any(tile.masked for tile in op.tiles) else ''}"
+        return f"{visitor}{MARKS[op.kernel]}{keys}{'~' if any(tile.masked for tile in op.tiles) else ''}"
     if isinstance(op, Send) and op.phase != "barrier":
         return f"{op.region.buffer}>{op.peer}"
     return ""

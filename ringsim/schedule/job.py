@@ -18,6 +18,20 @@ from .ops import Box, Region
 MOST_KEPT: Final = 2**18
 """Tiles and regions that a job remembers: some 100 MB."""
 _VALUE: Final = re.compile(r"(\w+)\[(\d+)(?:\|(\d+):(\d+)\|(\d+):(\d+))?\]")
+OF_KEYS: Final = frozenset({"k", "v", "dk", "dv", "dk_sum", "dv_sum"})
+"""Names whose rows are those of keys; all others' are those of queries."""
+OF_ROWS: Final = frozenset({"lse", "delta"})
+"""Names that have a number a row and head, in the dtype of partials: (batch, heads, rows)."""
+OF_VALUES: Final = frozenset({"v", "out", "dout", "dv"})
+"""Names that are as wide as values; all others are as wide as queries."""
+GIVEN: Final = {
+    "forward": ("q", "k", "v"),
+    "backward": ("q", "k", "v", "out", "lse", "dout"),
+    "both": ("q", "k", "v", "dout"),
+}
+"""What the caller of a pass fills: slot 0 of these."""
+TAKEN: Final = {"forward": ("out",), "backward": ("dq", "dk", "dv"), "both": ("out", "dq", "dk", "dv")}
+"""What it is given: slot 0 of these are the caller's arrays as well."""
 Made = TypeVar("Made")
 
 
@@ -90,9 +104,15 @@ class Job:
         """Whether a query of one block sees a key of the other."""
         return self._recall(("needs", q, kv), lambda: next(self._tiles(q, kv), None) is not None)
 
-    def flops(self, tiles: tuple[Tile, ...]) -> int:
-        """Multiply-adds counted as two: 2 x pairs x (head_dim + v_head_dim)."""
-        return 2 * sum(tile.pairs() for tile in tiles) * (self.workload.head_dim + self.workload.v_head_dim)
+    def flops(self, tiles: tuple[Tile, ...], *, backward: bool = False) -> int:
+        """Multiply-adds counted as two: 2 x pairs x (head_dim + v_head_dim).
+
+        Backward 2 x pairs x (3 head_dim + 2 v_head_dim): the scores again, dP, dQ, dK and dV (FlashAttention-2, arXiv 2307.08691,
+        algorithm 2).
+        """
+        work = self.workload
+        widths = 3 * work.head_dim + 2 * work.v_head_dim if backward else work.head_dim + work.v_head_dim
+        return 2 * sum(tile.pairs() for tile in tiles) * widths
 
     def q_heads(self, block: Block) -> tuple[int, int]:
         """The block's query heads."""
@@ -111,34 +131,64 @@ class Job:
                         yield Tile(batch=batch, heads=(0, end - first), q=q_part, k=k_part, lo=lo, hi=hi)
 
     def home(self, name: str, block: Block) -> Region:
-        """A block of q, k, v, out or lse where the caller has it: slot 0, all of the rank's array or a box of it."""
+        """A block where the caller has it, or gets it: slot 0, all of the rank's array or a box of it.
+
+        Of q, k, v, out, lse, dout, dq, dk or dv; delta, which the backward pass makes of out and dout, lies as lse does.
+        """
         return self._recall((name, block), lambda: self._home(name, block))
 
     def _home(self, name: str, block: Block) -> Region:
         work, rank = self.workload, block.rank
-        heads = block.heads if name in "kv" else self.q_heads(block)
-        rows = (self.kv_partition if name in "kv" else self.q_partition).count(rank)
+        heads = block.heads if name in OF_KEYS else self.q_heads(block)
+        rows = (self.kv_partition if name in OF_KEYS else self.q_partition).count(rank)
         shape: tuple[int, ...]
         box: Box
-        if name == "lse":
+        if name in OF_ROWS:
             shape, box = (work.batch, work.heads, rows), ((0, work.batch), heads, block.rows)
         else:
             width = self._width(name)
-            shape = (work.batch, rows, work.kv_heads if name in "kv" else work.heads, width)
+            shape = (work.batch, rows, work.kv_heads if name in OF_KEYS else work.heads, width)
             box = ((0, work.batch), block.rows, heads, (0, width))
-        dtype = accumulator(work.dtype) if name == "lse" else work.dtype
+        dtype = accumulator(work.dtype) if name in OF_ROWS else work.dtype
         made = Region(buffer=name, slot=0, shape=shape, dtype=dtype, value=self.value(name, block))
         return made if made.shape == tuple(high - low for low, high in box) else replace(made, box=box)
 
     def copy(self, name: str, block: Block, slot: int) -> Region:
-        """A block of q, k or v away from home, dense, in `slot` of its buffer."""
+        """A block of q, k, v, dout, lse or delta away from home, dense, in `slot` of its buffer."""
         return self._recall((name, block, slot), lambda: self._copy(name, block, slot))
 
     def _copy(self, name: str, block: Block, slot: int) -> Region:
         work = self.workload
-        first, end = block.heads if name in "kv" else self.q_heads(block)
-        shape = (work.batch, block.tokens, end - first, self._width(name))
-        return Region(buffer=name, slot=slot, shape=shape, dtype=work.wire_dtype, value=self.value(name, block))
+        first, end = block.heads if name in OF_KEYS else self.q_heads(block)
+        shape: tuple[int, ...] = (work.batch, block.tokens, end - first, self._width(name))
+        dtype = work.wire_dtype
+        if name in OF_ROWS:
+            shape, dtype = (work.batch, end - first, block.tokens), accumulator(work.dtype)
+        return Region(buffer=name, slot=slot, shape=shape, dtype=dtype, value=self.value(name, block))
+
+    def sums(
+        self, names: tuple[str, ...], block: Block, version: int, *, slot: int = 0, at: str = "", within: Block | None = None
+    ) -> tuple[Region, ...]:
+        """The running sums of gradients (dq, or dk and dv) of a block after `version` ops that changed them.
+
+        In buffers ``dq_sum``, ``dk_sum``, ``dv_sum``, (rows, batch, heads, width) in the dtype of partials. `at`: which part of
+        the sum this is, such as the rank where it is made. `within`: its rows lie in an array of all of that block's.
+        """
+        key = ("sums", names, block, version, slot, at, within)
+        return self._recall(
+            key, lambda: tuple(self._sum(name, block, within or block, slot=slot, at=at, version=version) for name in names)
+        )
+
+    def _sum(self, name: str, block: Block, within: Block, *, slot: int, at: str, version: int) -> Region:
+        work, buffer = self.workload, f"{name}_sum"
+        first, end = block.heads if name in OF_KEYS else self.q_heads(block)
+        shape = (within.tokens, work.batch, end - first, self._width(name))
+        value = self.value(buffer, block) + (f"@{at}" if at else "")
+        made = Region(buffer=buffer, slot=slot, shape=shape, dtype=accumulator(work.dtype), value=value, version=version)
+        if within.rows == block.rows:
+            return made
+        rows = (block.rows[0] - within.rows[0], block.rows[1] - within.rows[0])
+        return replace(made, box=(rows, *((0, size) for size in shape[1:])))
 
     def state(
         self, block: Block, version: int, *, slot: int = 0, packed: bool = False, at: int | None = None
@@ -179,7 +229,7 @@ class Job:
 
     def value(self, name: str, block: Block) -> str:
         """What a region holds, in words: ``k[3]``, or ``k[3|0:50|0:2]`` for a part: rank, rows and key/value heads."""
-        whole = self.kv_block(block.rank) if name in "kv" else self.q_block(block.rank)
+        whole = self.kv_block(block.rank) if name in OF_KEYS else self.q_block(block.rank)
         if block == whole:
             return f"{name}[{block.rank}]"
         return f"{name}[{block.rank}|{block.rows[0]}:{block.rows[1]}|{block.heads[0]}:{block.heads[1]}]"
@@ -192,7 +242,7 @@ class Job:
         rank = int(match[2])
         if rank >= self.world_size:
             raise ScheduleError(f"{value!r} names a block of rank {rank}; there are {self.world_size}")
-        whole = self.kv_block(rank) if match[1] in "kv" else self.q_block(rank)
+        whole = self.kv_block(rank) if match[1] in OF_KEYS else self.q_block(rank)
         if match[3] is None:
             return whole
         low, high, first, end = map(int, match.groups()[2:])
@@ -201,7 +251,7 @@ class Job:
         return Block(rank, (low, high), (first, end))
 
     def _width(self, name: str) -> int:
-        return self.workload.head_dim if name in "qk" else self.workload.v_head_dim
+        return self.workload.v_head_dim if name in OF_VALUES else self.workload.head_dim
 
 
 def _within(spans: tuple[Span, ...], rows: tuple[int, int]) -> Iterator[Span]:

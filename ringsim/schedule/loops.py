@@ -21,7 +21,7 @@ class Lane:
         self._job = job
         self._cut = part
         self._part: dict[int, Block] = {}
-        self._queries = queries
+        self.queries = queries
         self._place = {rank: (loop, index) for loop in loops for index, rank in enumerate(loop)}
         self._reach: dict[int, int] = {}
         self._visits: dict[int, tuple[int, ...]] = {}
@@ -44,7 +44,7 @@ class Lane:
 
     def needed(self, block: int, rank: int) -> bool:
         """Whether the block of one rank has something to do at another."""
-        if self._queries:
+        if self.queries:
             mine = self.part(block)
             return self._job.needs(mine, self._job.kv_block(rank)._replace(heads=mine.heads))
         mine = self.part(block)

@@ -10,24 +10,33 @@ from .ops import Op, Region
 
 Held = tuple[int, int, tuple[str, int]]
 """From a byte to another: this value and version."""
+SCATTERED = ("parts of an array, with others between them", 0)
+"""What bytes hold in which a region lies that is not dense."""
 
 
 @dataclass(slots=True)
 class Place:
-    """How far one rank has come, and what its slots hold: in order, each range of bytes with its latest value and version."""
+    """How far one rank has come, and what its slots hold: in order, each range of bytes with its latest value and version.
+
+    Regions that are not dense, as those of some heads, are held as they were written: only so can they be read.
+    """
 
     ops: tuple[Op, ...]
     next: int = 0
     done: set[int] = field(default_factory=set)
     held: dict[tuple[str, int], list[Held]] = field(default_factory=dict)
+    scattered: dict[tuple[str, int], list[Region]] = field(default_factory=dict)
 
     def write(self, region: Region) -> None:
         """From now on the region's bytes hold its value and version; what lay there before is gone."""
         begin, end = region.extent
-        parts = self.held.setdefault((region.buffer, region.slot), [])
+        slot = region.buffer, region.slot
+        parts = self.held.setdefault(slot, [])
         if begin == end:
             return
-        content = region.value, region.version
+        kept_apart = [other for other in self.scattered.get(slot, ()) if not other.overlaps(region)]
+        self.scattered[slot] = kept_apart if region.dense else [*kept_apart, region]
+        content = (region.value, region.version) if region.dense else SCATTERED
         first, last = _touching(parts, begin, end)
         kept = [(begin, end, content)]
         if first < last:
@@ -50,7 +59,12 @@ class Place:
         reached, end = region.extent
         if reached == end:
             return None
-        parts = self.held.get((region.buffer, region.slot), [])
+        slot = region.buffer, region.slot
+        if not region.dense and self.scattered.get(slot):
+            found = [other for other in self.scattered[slot] if other.overlaps(region)]
+            other = next((other for other in found if other != region), None)
+            return None if found == [region] else f"{other.value} version {other.version}" if other else "something else"
+        parts = self.held.get(slot, [])
         first, last = _touching(parts, reached, end)
         for low, high, (value, version) in parts[first:last]:
             if low > reached:

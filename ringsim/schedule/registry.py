@@ -24,7 +24,8 @@ TOLD: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """`build(job, rank, emit, *arguments)` yields the ops of a rank; a change to these raises `version`.
+    """`build(job, rank, emit, *arguments)` yields the ops of a rank, `backward`, if any, those of its backward pass; a change to
+    these raises `version`.
 
     `adapt(workload, *arguments)` is the workload that is really computed, for a strategy that computes another. `turn(workload,
     *arguments)`, if any, is a number of ranks: those as far apart have programs that differ only in whom they talk to, where job
@@ -37,6 +38,7 @@ class Strategy:
     build: Build
     adapt: Callable[..., Workload] | None = None
     turn: Callable[..., int | None] | None = None
+    backward: Build | None = None
 
     @property
     def parameters(self) -> tuple[inspect.Parameter, ...]:
@@ -71,9 +73,21 @@ class Choice:
             given.pop()
         return f"{self.strategy.name}({', '.join(map(str, given))})" if given else self.strategy.name
 
+    @property
+    def backward(self) -> Build:
+        """The builder of its backward pass. Raises WorkloadError where it has none."""
+        if self.strategy.backward is None:
+            raise WorkloadError(f"strategy {self.text!r} has no backward pass; use pass 'forward'")
+        return self.strategy.backward
+
     def program(self, job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
-        """The ops of a rank, all its posts waited for."""
-        yield from self.strategy.build(job, rank, emit, *self.arguments)
+        """The ops of a rank, all its posts waited for: of the passes that the workload names, one after the other."""
+        if job.workload.pass_ != "backward":
+            yield from self.strategy.build(job, rank, emit, *self.arguments)
+        if job.workload.pass_ != "forward":
+            # steps of a pass count on from a multiple of the ranks, the same for all
+            emit.count_from(-(-emit.steps // job.world_size) * job.world_size)
+            yield from self.backward(job, rank, emit, *self.arguments)
         yield from emit.drain()
 
     def adapt(self, workload: Workload) -> Workload:
@@ -105,8 +119,9 @@ def strategy(
     version: int,
     adapt: Callable[..., Workload] | None = None,
     turn: Callable[..., int | None] | None = None,
+    backward: Build | None = None,
 ) -> Callable[[Build], Build]:
-    """Make the decorated builder a strategy called `name`, for the library and the command line alike.
+    """Make the decorated builder a strategy called `name`, for the library and the command line alike; see Strategy.
 
     Raises WorkloadError where the name is taken by another builder.
     """
@@ -116,7 +131,7 @@ def strategy(
         if known is not None and (known.build.__module__, known.build.__qualname__) != (build.__module__, build.__qualname__):
             raise WorkloadError(f"strategy {name!r} is already that of {known.build.__module__}")
         calls.parse_call(name, "strategy")
-        STRATEGIES[name] = Strategy(name, version, build, adapt, turn)
+        STRATEGIES[name] = Strategy(name, version, build, adapt, turn, backward)
         _find.cache_clear()
         return build
 

@@ -20,7 +20,7 @@ def rotate(job: Job, rank: int, emit: Emitter, lanes: Sequence[Lane]) -> Iterato
     packed once, before they leave. Lanes with the same heads share one running state.
     """
     states = _States(job, rank, lanes)
-    ways = [_Way(job, rank, lane, index, len(lanes)) for index, lane in enumerate(lanes)]
+    ways = [Way(job, rank, lane, index, len(lanes), NAMES) for index, lane in enumerate(lanes)]
     yield from states.reset(emit)
     for way in ways:
         yield from way.pack(emit)
@@ -74,14 +74,18 @@ class _States:
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """One rank's end of a lane. Slot 0 is home; two slots of each lane receive; one more holds what had to be packed."""
+class Way:
+    """One rank's end of a lane, the one with that `index` of so many `lanes`; `names` are what travels.
+
+    Slot 0 is home; two slots of each lane receive; one more holds what had to be packed.
+    """
 
     job: Job
     rank: int
     lane: Lane
     index: int
     lanes: int
+    names: tuple[str, ...]
 
     def held(self, step: int) -> int:
         """The rank at home with what is here at `step`."""
@@ -94,8 +98,8 @@ class _Way:
         return self.job.home(name, part)
 
     def blocks(self, step: int) -> tuple[Region, ...]:
-        """K and V as held at `step`."""
-        return tuple(self._region(name, step) for name in NAMES)
+        """What travels, as held at `step`."""
+        return tuple(self._region(name, step) for name in self.names)
 
     def _leaving(self, name: str, step: int) -> Region:
         region = self._region(name, step)
@@ -111,7 +115,7 @@ class _Way:
     def hop(self, emit: Emitter, step: int) -> Iterator[Op]:
         """Post what comes and what goes on."""
         ahead, behind = self.lane.at(self.rank, 1), self.lane.at(self.rank, -1)
-        for tag, name in enumerate(NAMES, len(NAMES) * self.index):
+        for tag, name in enumerate(self.names, len(self.names) * self.index):
             if self.lane.reach(self.held(step + 1)) > step:
                 yield from emit.recv(self._region(name, step + 1), peer=behind, tag=tag)
             if self.lane.reach(self.held(step)) > step:

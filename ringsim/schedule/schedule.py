@@ -59,9 +59,7 @@ class Schedule:
 
     def _check(self) -> None:
         if self.workload.pass_ != "forward":
-            raise WorkloadError(
-                f"strategy {self.strategy!r} has no schedule for pass {self.workload.pass_!r}; use pass 'forward'"
-            )
+            find(self.strategy).backward  # noqa: B018 - raises where there is none
         if self.workload.wire_dtype != self.workload.dtype:
             raise WorkloadError(
                 f"strategy {self.strategy!r} sends blocks as they are: "

@@ -12,8 +12,10 @@ import numpy.typing as npt
 
 from ..errors import ScheduleError
 from ..tile import IntArray, Tile
-from .contents import Contents, misformed
+from .contents import Contents
+from .forms import misformed
 from .grid import grid
+from .job import GIVEN
 from .ops import Compute, Op, Recv, Region, Send, Wait
 from .outstanding import Outstanding
 from .place import Place
@@ -24,7 +26,6 @@ EXHAUSTIVE_WORLD = 64
 EXHAUSTIVE_PAIRS = 2**22
 SAMPLED_QUERIES = 64
 SAMPLED_RANKS = 8
-INPUTS = (("q", 0), ("k", 0), ("v", 0))
 
 
 def validate(schedule: Schedule) -> None:
@@ -99,7 +100,7 @@ def _misused(schedule: Schedule, rank: int, op: Op) -> str | None:
     if isinstance(op, Wait):
         return None
     written = op.writes if isinstance(op, Compute) else (op.region,) if isinstance(op, Recv) else ()
-    if over := [region for region in written if (region.buffer, region.slot) in INPUTS]:
+    if over := [region for region in written if _is_given(schedule, region)]:
         return f"writes over the caller's {over[0].buffer}"
     if isinstance(op, Compute):
         return misformed(schedule.job, rank, op)
@@ -174,7 +175,7 @@ def _compute(schedule: Schedule, rank: int, place: Place, contents: Contents, op
 
 def _check_read(schedule: Schedule, rank: int, place: Place, op: Op, region: Region) -> None:
     slot = region.buffer, region.slot
-    if slot in INPUTS:
+    if _is_given(schedule, region):
         found = None if _is_own(schedule, rank, region) else "the rank's own"
     else:
         if slot not in place.held and region.buffer == "token":
@@ -206,6 +207,10 @@ def _check_flow(schedule: Schedule, rank: int, ops: tuple[Op, ...]) -> None:
         raise _fault(schedule, rank, None, ended[1])
     if (wrong := contents.kept_by(rank)) is not None:
         raise _fault(schedule, rank, None, wrong)
+
+
+def _is_given(schedule: Schedule, region: Region) -> bool:
+    return region.slot == 0 and region.buffer in GIVEN[schedule.workload.pass_]
 
 
 def _is_own(schedule: Schedule, rank: int, region: Region) -> bool:
@@ -250,8 +255,14 @@ def _check_coverage(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> 
 
     Queries may be computed on any rank: where ranks are sampled, all programs are searched for the queries of these.
     """
+    pass_ = schedule.workload.pass_
+    for kernel in (("attend",) if pass_ != "backward" else ()) + (("attend_backward",) if pass_ != "forward" else ()):
+        _check_coverage_by(schedule, programs, kernel)
+
+
+def _check_coverage_by(schedule: Schedule, programs: dict[int, tuple[Op, ...]], kernel: str) -> None:
     job, work = schedule.job, schedule.workload
-    covers = list(_covers(schedule, programs))
+    covers = list(_covers(schedule, programs, kernel))
     owned = np.concatenate([job.q_partition.positions(rank) for rank in programs]) if programs else np.empty(0, np.int64)
     if len(owned) * max(work.kv_len, 1) > EXHAUSTIVE_PAIRS:
         owned = np.random.default_rng(0).choice(owned, min(SAMPLED_QUERIES, len(owned)), replace=False)
@@ -265,12 +276,12 @@ def _check_coverage(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> 
             _compare(schedule, counts, owned, batch, head)
 
 
-def _covers(schedule: Schedule, programs: dict[int, tuple[Op, ...]]) -> Iterator[Tile]:
+def _covers(schedule: Schedule, programs: dict[int, tuple[Op, ...]], kernel: str) -> Iterator[Tile]:
     """The tiles over queries of the ranks in `programs`, wherever they are computed, with heads counted from the first of all."""
     job = schedule.job
     for rank in range(schedule.world_size):
         for op in programs.get(rank) or schedule.program(rank, whole=True):
-            if not isinstance(op, Compute) or op.kernel != "attend":
+            if not isinstance(op, Compute) or op.kernel != kernel:
                 continue
             queries = job.block(op.reads[0].value)
             if queries.rank not in programs:

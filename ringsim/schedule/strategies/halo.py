@@ -5,14 +5,58 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..emitter import Emitter
+from ..gradients import KV_SUMS, Q_SIDE, Q_SUMS, Sum, attend_backward, make_delta
 from ..job import Block, Job
 from ..ops import Op, Region
 from ..registry import strategy, where_all_is_seen
 
 NAMES = ("k", "v")
+HOME_TAG = len(NAMES)
 
 
-@strategy("halo", version=1, turn=where_all_is_seen)
+def halo_back(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
+    """K and V as in the forward pass; the float32 sums of dK and dV of the rows that were sent go straight back.
+
+    Bytes sent per rank, besides those of K and V: ``kv_heads * (head_dim + v_head_dim) * 4`` a row received (8 for
+    float64).
+    """
+    queries, own = Sum(job, Q_SUMS, job.q_block(rank), slot=0), Sum(job, KV_SUMS, job.kv_block(rank), slot=0, at=str(rank))
+    returned: Sum | None = None
+    for step in range(job.world_size):
+        emit.step = step
+        yield from _exchange(job, rank, emit, step + 1)
+        if step == 0:
+            yield from make_delta(job, job.q_block(rank), emit)
+            yield from queries.clear(emit, "setup")
+        source = (rank - step) % job.world_size
+        keys = _seen(job, rank, source) if step else job.kv_block(rank)
+        sums = Sum(job, KV_SUMS, keys, slot=1 + step % 2, at=str(rank)) if step else own
+        if keys.tokens or not step:
+            yield from sums.clear(emit)
+        if job.tiles(queries.block, keys):
+            q, *others = (job.home(name, queries.block) for name in Q_SIDE)
+            inputs = (q, *(_here(job, name, keys, step) for name in NAMES), *others)
+            yield from attend_backward(job, emit, (queries.block, keys), inputs, (queries, sums))
+        if returned is not None:
+            yield from own.add(emit, returned)
+        returned = None
+        if step:
+            yield from sums.send(emit, peer=source, tag=HOME_TAG, phase="home")
+            target = (rank + step) % job.world_size
+            rows = _seen(job, target, rank)
+            if rows.tokens:
+                place = job.kv_block(rank)
+                returned = Sum(job, KV_SUMS, rows, slot=3 + step % 2, at=str(target), version=1, within=place)
+                yield from returned.recv(emit, peer=target, tag=HOME_TAG, phase="home")
+        if job.sync == "step" and step + 1 < job.world_size:
+            yield from emit.barrier(range(job.world_size))
+    if returned is not None:
+        yield from own.add(emit, returned)
+    yield from own.cast(emit)
+    yield from queries.cast(emit)
+
+
+@strategy("halo", version=1, turn=where_all_is_seen, backward=halo_back)
 def halo(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """K and V go straight from home, and only the rows between the first and the last that a rank's queries see.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..backward import rotate_queries_back
 from ..emitter import Emitter
 from ..job import Job
 from ..loops import Lane, components
@@ -13,12 +14,13 @@ from ..registry import any_rank, strategy
 Q_TAG, HOME_TAG = 0, 1
 
 
-@strategy("pass-q", version=1, turn=any_rank)
+@strategy("pass-q", version=1, turn=any_rank, backward=rotate_queries_back)
 def pass_q(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """Q blocks go round; the partial outputs of all of them go home after the last step ("pass-Q", arXiv 2411.01783).
 
     Bytes sent per rank under a full mask: ``(P-1) * c * heads * head_dim * itemsize`` of queries and ``(P-1) * c * heads *
     (v_head_dim + 2) * 4`` (8 for float64) of partials, in float32 for exactness. Holds P - 1 partials until the end.
+    Backward: `rotate_queries_back`.
     """
     visitors = _Visitors(job, rank, at_once=False)
     yield from visitors.rounds(emit)
@@ -32,7 +34,7 @@ def pass_q(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     yield from visitors.finish(emit)
 
 
-@strategy("token-ring", version=1, turn=any_rank)
+@strategy("token-ring", version=1, turn=any_rank, backward=rotate_queries_back)
 def token_ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """Q blocks go one way round, each partial output the other way as soon as it is there (TokenRing, arXiv 2412.20501).
 

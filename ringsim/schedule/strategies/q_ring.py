@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ...workload import Workload
+from ..backward import rotate_back
 from ..emitter import Emitter
 from ..job import Block, Job
 from ..loops import Lane, components
@@ -21,7 +22,12 @@ def _turn(workload: Workload) -> int | None:
     return any_rank(workload) if workload.kv_heads % 2 == 0 else where_all_is_seen(workload)
 
 
-@strategy("q-ring", version=1, turn=_turn)
+def q_ring_back(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
+    """The halves go round with dout, lse and delta, their dQ one hop behind: bytes as of `rotate_queries_back`."""
+    yield from rotate_back(job, rank, emit, _halves(job))
+
+
+@strategy("q-ring", version=1, turn=_turn, backward=q_ring_back)
 def q_ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     """Q blocks go round with their running (out, max, sum), in two halves: one hops while the other is computed on.
 
@@ -29,21 +35,9 @@ def q_ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
     queries. Half of the kv_heads with their queries each, so that both have as much to do under any mask; half of the rows where
     kv_heads is odd. A half stops where no rank further round has keys for it; from there its state goes straight home. Bytes
     sent per rank under a full mask: ``(P-1) * c * heads * head_dim * itemsize`` of queries and, the hop home included,
-    ``P * c * heads * (v_head_dim + 2) * 4`` of state (8 for float64), for P > 1 ranks of c queries.
+    ``P * c * heads * (v_head_dim + 2) * 4`` of state (8 for float64), for P > 1 ranks of c queries. Backward: `q_ring_back`.
     """
-
-    def half(second: int, rank: int) -> Block:
-        whole, kv_heads = job.q_block(rank), job.workload.kv_heads
-        if kv_heads % 2 == 0:
-            return whole._replace(heads=(kv_heads // 2 * second, kv_heads // 2 * (second + 1)))
-        middle = (whole.tokens + 1) // 2
-        return whole._replace(rows=(middle, whole.tokens) if second else (0, middle))
-
-    def lanes() -> tuple[Lane, ...]:
-        loops = components(job)
-        return tuple(Lane(job, loops, partial(half, second), queries=True) for second in HALVES)
-
-    halves = [_Half(job, rank, lane, index) for index, lane in enumerate(job.remember("q-ring", lanes))]
+    halves = [_Half(job, rank, lane, index) for index, lane in enumerate(_halves(job))]
     for one in halves:
         yield from one.leave(emit)
     members = halves[0].lane.loop(rank)
@@ -55,6 +49,21 @@ def q_ring(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
             yield from emit.barrier(members)
     for one in halves:
         yield from one.finish(emit)
+
+
+def _halves(job: Job) -> tuple[Lane, ...]:
+    def half(second: int, rank: int) -> Block:
+        whole, kv_heads = job.q_block(rank), job.workload.kv_heads
+        if kv_heads % 2 == 0:
+            return whole._replace(heads=(kv_heads // 2 * second, kv_heads // 2 * (second + 1)))
+        middle = (whole.tokens + 1) // 2
+        return whole._replace(rows=(middle, whole.tokens) if second else (0, middle))
+
+    def lanes() -> tuple[Lane, ...]:
+        loops = components(job)
+        return tuple(Lane(job, loops, partial(half, second), queries=True) for second in HALVES)
+
+    return job.remember("q-ring", lanes)
 
 
 @dataclass(frozen=True, slots=True)

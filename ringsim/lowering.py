@@ -109,6 +109,27 @@ class Blocking:
             "columns": (keys, "int32"),
         }
 
+    def backward_scratch(self, head_dim: int, v_head_dim: int) -> dict[str, tuple[int, str]]:
+        """One thread's buffers for the backward of tiles of heads so wide, as `scratch` gives them for the forward.
+
+        Besides these each thread holds the keys and values of one head of the longest tile so far, in the dtype of
+        computation: ``k.count * (head_dim + v_head_dim + 2)`` elements. An op makes two int32 and, in passing, two int64 per
+        query row of a masked tile.
+        """
+        strip, rows, keys = self.edge_rows * self.k_rows, self.q_rows, self.k_rows
+        return {
+            "weights": (rows * keys, ""),
+            "dscores": (rows * keys, ""),
+            "hidden": (strip, "bool"),
+            "before": (strip, "bool"),
+            "queries": (rows * (head_dim + 1), ""),
+            "douts": (rows * (v_head_dim + 1), ""),
+            "dq": (rows * head_dim, ""),
+            "product": (max(rows * head_dim, keys * max(head_dim, v_head_dim)), ""),
+            "blind": (rows, "bool"),
+            "columns": (keys, "int32"),
+        }
+
     def micro_tiles(self, tile: Tile) -> tuple[MicroTiles, ...]:
         """What one (sequence, query head) of the tile is cut into, alike pieces together."""
         at_origin = replace(tile, batch=(0, 1), heads=(0, 1), q=replace(tile.q, row=0, start=tile.q.start - tile.k.start))

@@ -1,13 +1,20 @@
 """The backward kernels of the NumPy backend against dense gradients in float64, and these against finite differences."""
 
-from dataclasses import dataclass
+import tracemalloc
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
+from ringsim.backends.cpu import Cache
+from ringsim.backends.numpy import NumpyBackend, backward_blocking_for
+from ringsim.dtypes import accumulator, numpy_dtype
+from ringsim.execution import execute
+from ringsim.lowering import Blocking
 from ringsim.mask import Causal, Full
 from ringsim.reference import dense_attention, dense_backward
+from ringsim.schedule import Compute, Region, Schedule
 from ringsim.workload import Workload
 
 
@@ -97,3 +104,363 @@ def test_dense_gradients_in_float32():
     for found, expected in zip(dense_backward(work, *arrays, dtype="float32"), dense_backward(work, *arrays), strict=True):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+# the kernels, on the arrays of a world of ranks in one process
+
+
+def region(name, array, **options):
+    return Region(**({"buffer": name, "slot": 0, "shape": array.shape, "dtype": array.dtype.name, "value": name} | options))
+
+
+def no_poll():
+    """Nothing is in flight."""
+
+
+def compute(kernel, reads, writes, *, tiles=(), scale=1.0, backend=None, poll=no_poll):
+    """Run one op on arrays by name; `writes` are names among those read, or arrays of their own."""
+    arrays = reads | writes
+    made = {name: region(name, array) for name, array in arrays.items()}
+    op = Compute(
+        id=0,
+        step=0,
+        phase="test",
+        kernel=kernel,
+        reads=tuple(made[name] for name in reads),
+        writes=tuple(made[name] for name in writes),
+        tiles=tuple(tiles),
+    )
+    (backend or NumpyBackend()).compute(op, lambda wanted: arrays[wanted.buffer], scale=scale, poll=poll)
+
+
+def statistics(work, arrays):
+    """lse and delta of whole rows, (batch, heads, rows), in the dtype of the sums."""
+    dout, q, k, v = arrays
+    with np.errstate(all="ignore"):
+        out, lse = dense_attention(work, q, k, v)
+        delta = np.einsum("brhd,brhd->bhr", np.asarray(dout, np.float64), out)
+        return tuple(x.astype(accumulator(work.dtype)) for x in (lse, delta))
+
+
+def inputs(work, seed=0):
+    """dout, q, k and v in the workload's dtype."""
+    return [array.astype(numpy_dtype(work.dtype)) for array in global_arrays(work, seed)]
+
+
+def gradients(work, arrays, *, world_size=1, partition="contiguous", backend=None, sums=None, kept=None):
+    """The dq, dk, dv (batch, rows, heads, width) that `world_size` ranks find, each pair of blocks being one op."""
+    dout, q, k, v = arrays
+    lse, delta = kept or statistics(work, arrays)
+    job = Schedule(workload=work, world_size=world_size, partition=partition).job
+    totals = sums or [np.zeros((x.shape[1], x.shape[0], *x.shape[2:]), lse.dtype) for x in (q, k, v)]
+    backend = backend or NumpyBackend(backward_blocking=BLOCKINGS["strips"])
+    for rank in range(world_size):
+        rows = job.q_partition.positions(rank)
+        for held in range(world_size):
+            keys = job.kv_partition.positions(held)
+            reads = {"q": q[:, rows], "k": k[:, keys], "v": v[:, keys], "dout": dout[:, rows]}
+            reads |= {"lse": lse[:, :, rows], "delta": delta[:, :, rows]}
+            parts = {"dq": totals[0][rows], "dk": totals[1][keys], "dv": totals[2][keys]}
+            tiles = job.tiles(job.q_block(rank), job.kv_block(held))
+            compute("attend_backward", reads | parts, parts, tiles=tiles, scale=work.softmax_scale, backend=backend)
+            totals[0][rows], totals[1][keys], totals[2][keys] = parts.values()
+    return [total.swapaxes(0, 1) for total in totals]
+
+
+def assert_close(found, expected, limit):
+    """Largest absolute error, relative to the largest gradient; infinities and NaN have no place."""
+    # of all three: with one key dq and dk are 0, and so they come out but for rounding
+    scale = max(np.max(np.abs(exact), initial=0.0) for exact in expected)
+    for name, actual, exact in zip(("dq", "dk", "dv"), found, expected, strict=True):
+        np.testing.assert_allclose(actual, exact, rtol=0, atol=limit * scale, equal_nan=False, err_msg=name)
+
+
+ERROR = {"float64": 1e-13, "float32": 2e-6}
+BLOCKINGS = {
+    "one block": Blocking(q_rows=64, k_rows=64, edge_rows=64),
+    "strips": Blocking(q_rows=16, k_rows=6, edge_rows=4),
+    "odd": Blocking(q_rows=5, k_rows=3, edge_rows=2),
+}
+SHAPES = {
+    "plain": {"q_len": 37, "heads": 2},
+    "GQA": {"q_len": 21, "heads": 6, "kv_heads": 2, "batch": 2},
+    "MQA, narrow v": {"q_len": 19, "heads": 3, "kv_heads": 1, "v_head_dim": 3},
+    "wide v": {"q_len": 18, "v_head_dim": 33, "head_dim": 5},
+    "one of each": {"q_len": 1, "head_dim": 1},
+    "one query, many keys": {"q_len": 1, "kv_len": 50, "q_offset": 49},
+    "many queries, one key": {"q_len": 50, "kv_len": 1, "kv_offset": 3},
+    "first rows see no key": {"q_len": 30, "kv_len": 25, "kv_offset": 11, "heads": 2},
+    "last rows see no key of a window": {"q_len": 40, "kv_len": 20, "q_offset": 5},
+    "lengths": {"q_len": 20, "batch": 5, "lengths": (20, 0, 7, 7, 13), "heads": 2},
+    "no key": {"q_len": 6, "kv_len": 0},
+    "no query": {"q_len": 0, "kv_len": 6},
+}
+MASKS = {"causal": Causal(), "full": Full(), "window": Window(9), "window ahead": Window(4, ahead=3)}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("blocking", BLOCKINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients_agree_with_dense_ones(dtype, shape, blocking, mask):
+    work = Workload(**({"head_dim": 8} | SHAPES[shape]), dtype=dtype, mask=MASKS[mask])
+    arrays = inputs(work)
+    backend = NumpyBackend(backward_blocking=BLOCKINGS[blocking], threads=2 if blocking == "odd" else 1)
+    assert_close(gradients(work, arrays, backend=backend), dense_backward(work, *arrays), ERROR[dtype])
+
+
+@pytest.mark.parametrize("partition", ["contiguous", "striped", "zigzag"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_blocks_of_several_ranks_add_up(dtype, mask, partition):
+    work = Workload(q_len=61, batch=2, heads=4, kv_heads=2, head_dim=8, v_head_dim=6, dtype=dtype, mask=MASKS[mask])
+    arrays = inputs(work)
+    found = gradients(work, arrays, world_size=4, partition=partition)
+    assert_close(found, dense_backward(work, *arrays), ERROR[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_the_blocking_chosen_from_the_cache_computes_the_same(dtype, mask):
+    work = Workload(q_len=700, heads=2, kv_heads=1, head_dim=64, dtype=dtype, mask=MASKS[mask])
+    arrays = inputs(work)
+    assert_close(gradients(work, arrays, backend=NumpyBackend()), dense_backward(work, *arrays), ERROR[dtype])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_computed_in_float32(dtype, threads):
+    work = Workload(q_len=60, batch=2, heads=4, kv_heads=2, head_dim=16, v_head_dim=12, dtype=dtype, mask=Causal())
+    arrays = inputs(work)
+    backend = NumpyBackend(threads=threads, backward_blocking=BLOCKINGS["strips"])
+    found = gradients(work, arrays, world_size=3, partition="striped", backend=backend)
+    assert {gradient.dtype for gradient in found} == {np.dtype(np.float32)}
+    assert_close(found, dense_backward(work, *arrays), ERROR["float32"])
+
+
+def test_gradients_are_added_to_what_is_there_through_any_strides():
+    work = Workload(q_len=26, batch=2, heads=4, kv_heads=2, head_dim=8, v_head_dim=5, dtype="float64", mask=Causal())
+    arrays, rng = inputs(work), np.random.default_rng(1)
+    whole = [rng.standard_normal((26, 2, 9, width + 1)) for width in (8, 8, 5)]
+    views = [array[:, :, 1 : 1 + heads, :-1] for array, heads in zip(whole, (4, 2, 2), strict=True)]
+    before, around = [view.copy() for view in views], [array.copy() for array in whole]
+    gradients(work, arrays, sums=views)
+    for view, start, exact in zip(views, before, dense_backward(work, *arrays), strict=True):
+        np.testing.assert_allclose(view - start, exact.swapaxes(0, 1), rtol=0, atol=1e-12)
+    for array, start, heads in zip(whole, around, (4, 2, 2), strict=True):
+        array[:, :, 1 : 1 + heads, :-1] = start[:, :, 1 : 1 + heads, :-1]
+        assert np.array_equal(array, start)
+
+
+def test_rows_that_see_no_key_give_exact_zeros():
+    work = Workload(q_len=40, kv_len=40, kv_offset=19, heads=2, head_dim=8, mask=Causal())
+    dq, dk, dv = gradients(work, inputs(work))
+    assert not dq[:, :19].any()
+    assert dq[:, 19:].any(axis=(2, 3)).all()
+    assert all(gradient[:, :21].any(axis=(2, 3)).all() and not gradient[:, 21:].any() for gradient in (dk, dv))
+
+
+def test_a_row_whose_keys_are_all_infinitely_far_gives_exact_zeros():
+    work = Workload(q_len=9, heads=1, head_dim=2, dtype="float64")
+    dout, q, k, v = inputs(work)
+    q[:], k[:] = np.abs(q), -np.abs(k)
+    q[:, 4] = np.inf
+    assert np.isneginf(statistics(work, (dout, q, k, v))[0][0, 0, 4])
+    dv = gradients(work, (dout, q, k, v))[2]
+    others = np.arange(9) != 4
+    exact = dense_backward(replace(work, q_len=8, kv_len=9), dout[:, others], q[:, others], k, v)
+    np.testing.assert_allclose(dv, exact[2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("signs", ["+", "-", "+-"])
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_extreme_logits_stay_finite_and_as_exact_as_float32_allows(signs, mask, seed):
+    work = Workload(q_len=96, heads=2, head_dim=16, mask=MASKS[mask], softmax_scale=1.0)
+    dout, q, k, v = inputs(work, seed)
+    # all scores of one sign are near ties, so that rounding of the logits shows in the result
+    q[..., 0] = 100
+    k[..., 0] = 100 * np.random.default_rng(2).choice([1 if sign == "+" else -1 for sign in signs], k.shape[:3])
+    arrays = dout, q, k, v
+    backend = NumpyBackend(blocking=BLOCKINGS["strips"], backward_blocking=BLOCKINGS["strips"])
+    # out and lse of the forward kernel, as in use: their rounding is that of the same logits
+    forward = execute(Schedule(workload=work, world_size=1), q, k, v, backend=backend)
+    kept = forward.lse, np.einsum("brhd,brhd->bhr", dout, forward.out)
+    exact, plain = dense_backward(work, *arrays), dense_backward(work, *arrays, dtype="float32")
+    found = gradients(work, arrays, backend=backend, kept=kept)
+    for gradient, dense32, dense64 in zip(found, plain, exact, strict=True):
+        assert np.isfinite(gradient).all()
+        assert 0 < np.abs(gradient - dense64).max() <= 2 * np.abs(dense32 - dense64).max()
+
+
+POISONED = 9
+
+
+@pytest.mark.parametrize("blocking", BLOCKINGS)
+@pytest.mark.parametrize("mask", ["causal", "full", "window"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("name", ["dout", "q", "k", "v"])
+def test_what_is_not_finite_reaches_what_sees_it_and_nothing_else(name, value, mask, blocking):
+    work = Workload(q_len=26, batch=2, heads=4, kv_heads=2, head_dim=8, mask=MASKS[mask])
+    clean = dict(zip(("dout", "q", "k", "v"), inputs(work), strict=True))
+    bad = clean | {name: clean[name].copy()}
+    bad[name][0, POISONED, 0] = value
+    backend = NumpyBackend(backward_blocking=BLOCKINGS[blocking])
+    found, expected = (gradients(work, [*arrays.values()], backend=backend) for arrays in (bad, clean))
+    seen = work.mask.visible(np.arange(26), np.arange(26))
+    rows = seen[:, POISONED] if name in "kv" else np.arange(26) == POISONED
+    heads = slice(0, 2) if name in "kv" else slice(0, 1)
+    hit = [np.zeros(x.shape[:3], bool) for x in expected]
+    hit[0][0, rows, heads] = True
+    hit[1][0, seen[rows].any(axis=0), 0] = hit[2][0, seen[rows].any(axis=0), 0] = True
+    for actual, exact, spoilt in zip(found, expected, hit, strict=True):
+        np.testing.assert_allclose(actual[~spoilt], exact[~spoilt], rtol=0, atol=2e-6 * np.abs(exact).max())
+    if np.isnan(value):
+        # dv does not depend on v
+        assert all(np.isnan(found[i][hit[i]]).all() for i in range(2 if name == "v" else 3))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_a_rerun_and_any_number_of_threads_give_the_same_bits(dtype):
+    work = Workload(q_len=83, batch=2, heads=4, kv_heads=2, head_dim=16, dtype=dtype, mask=Causal())
+    arrays = inputs(work)
+    first = gradients(work, arrays)
+    shared = NumpyBackend(backward_blocking=BLOCKINGS["strips"])
+    for threads in (1, 2, 3):
+        backend = NumpyBackend(threads=threads, backward_blocking=BLOCKINGS["strips"])
+        for again in (gradients(work, arrays, backend=backend), gradients(work, arrays, backend=shared)):
+            assert all(x.tobytes() == y.tobytes() for x, y in zip(first, again, strict=True))
+
+
+def attend_backward(work, backend, poll=no_poll, **changes):
+    """One op over all rows and keys, ready to be called."""
+    dout, q, k, v = inputs(work)
+    lse, delta = statistics(work, (dout, q, k, v))
+    sums = {name: np.zeros((x.shape[1], x.shape[0], *x.shape[2:]), lse.dtype) for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    reads = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta} | changes
+    job = Schedule(workload=work, world_size=1).job
+    tiles = job.tiles(job.q_block(0), job.kv_block(0))
+    return tiles, lambda: compute(
+        "attend_backward", reads | sums, sums, tiles=tiles, scale=work.softmax_scale, backend=backend, poll=poll
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("blocking", BLOCKINGS)
+def test_poll_is_called_after_each_micro_tile(mask, blocking):
+    work = Workload(q_len=45, batch=2, heads=6, kv_heads=3, head_dim=8, mask=MASKS[mask])
+    calls = []
+    backend = NumpyBackend(blocking=BLOCKINGS["one block"], backward_blocking=BLOCKINGS[blocking])
+    tiles, call = attend_backward(work, backend, lambda: calls.append(None))
+    call()
+    lowering = backend.backward_blocking("float32")
+    assert len(calls) == work.batch * work.heads * sum(m.count for tile in tiles for m in lowering.micro_tiles(tile))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("mask", ["causal", "full", "window ahead"])
+def test_the_inner_loop_allocates_nothing(dtype, mask):
+    blocking = Blocking(q_rows=256, k_rows=256, edge_rows=128)
+    work = Workload(q_len=512, heads=2, head_dim=128, dtype=dtype, mask=MASKS[mask])
+    backend = NumpyBackend(backward_blocking=blocking)
+    _, call = attend_backward(work, backend)
+    call()
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # a product or a block's queries would be half a tile of scores
+    assert peak < 256 * 256 * (8 if dtype == "float64" else 4) / 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_scratch_is_what_the_lowering_says(dtype, threads):
+    work = Workload(q_len=300, heads=4, head_dim=16, v_head_dim=24, dtype=dtype)
+    blocking = BLOCKINGS["odd"]
+    backend = NumpyBackend(backward_blocking=blocking, threads=threads)
+    gradients(work, inputs(work), backend=backend)
+    itemsize = 8 if dtype == "float64" else 4
+    own = sum(
+        size * ({"bool": 1, "int32": 4}[kind] if kind else itemsize) for size, kind in blocking.backward_scratch(16, 24).values()
+    )
+    assert backend.nbytes == threads * (own + 300 * (16 + 24 + 2) * itemsize)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_in_any_thread_ends_the_kernel_and_comes_out(threads):
+    work = Workload(q_len=64, heads=4)
+    backend = NumpyBackend(threads=threads, backward_blocking=BLOCKINGS["odd"])
+    _, call = attend_backward(work, backend, dout=np.zeros((1, 64, 4, 63), np.float32))
+    with pytest.raises(ValueError, match=r"mismatch|broadcast"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("level2_nbytes", "dtype", "sides"),
+    [
+        (2**20, "float32", (512, 256)),
+        (2**20, "float64", (256, 128)),
+        (2**18, "float32", (256, 128)),
+        (1, "float32", (64, 64)),
+    ],
+)
+def test_a_micro_tiles_two_buffers_fit_the_level_2_cache(level2_nbytes, dtype, sides):
+    blocking = backward_blocking_for(Cache(level2_nbytes=level2_nbytes, source="test"), dtype)
+    assert (blocking.q_rows, blocking.k_rows) == sides
+
+
+# the kernels around it
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_delta_is_the_row_sum_of_dout_times_out(dtype):
+    rng = np.random.default_rng(0)
+    out, dout = (rng.standard_normal((2, 601, 3, 20)).astype(numpy_dtype(dtype)) for _ in "ab")
+    delta = np.full((2, 3, 601), np.nan, accumulator(dtype))
+    polls = []
+    compute("delta", {"out": out, "dout": dout}, {"delta": delta}, poll=lambda: polls.append(None))
+    exact = np.einsum("brhd,brhd->bhr", out.astype(np.float64), dout.astype(np.float64))
+    np.testing.assert_allclose(delta, exact, rtol=0, atol=1e-14 if dtype == "float64" else 5e-6)
+    assert len(polls) > 2
+
+
+def test_clear_writes_zeros():
+    arrays = {name: np.full((5, 2, 3, 4), np.nan) for name in ("dk", "dv")}
+    compute("clear", {}, arrays)
+    assert not any(array.any() for array in arrays.values())
+
+
+def test_accumulate_adds_the_second_half_to_the_first():
+    rng = np.random.default_rng(0)
+    mine = {name: rng.standard_normal((600, 2, 3, 4)).astype(np.float32) for name in ("dk", "dv")}
+    other = {f"{name} other": rng.standard_normal((600, 2, 3, 4)).astype(np.float32) for name in ("dk", "dv")}
+    expected = [a + b for a, b in zip(mine.values(), other.values(), strict=True)]
+    compute("accumulate", mine | other, mine)
+    assert all(np.array_equal(a, b) for a, b in zip(mine.values(), expected, strict=True))
+
+
+@pytest.mark.parametrize("boxed", ["other", "both"])
+def test_accumulate_adds_a_box_to_the_same_box(boxed):
+    rng = np.random.default_rng(0)
+    shape, box = (7, 2, 3, 4), ((2, 5), (0, 2), (1, 3), (0, 4))
+    part = tuple(slice(*bounds) for bounds in box)
+    mine, addend = rng.standard_normal(shape), rng.standard_normal(shape)
+    expected = mine.copy()
+    expected[part] += addend[part]
+    target = region("mine", mine, **({"box": box} if boxed == "both" else {}))
+    other = region("other", addend, box=box)
+    op = Compute(id=0, step=0, phase="test", kernel="accumulate", reads=(target, other), writes=(target,))
+    arrays = {"mine": mine[part] if boxed == "both" else mine, "other": addend[part]}
+    NumpyBackend().compute(op, lambda wanted: arrays[wanted.buffer], scale=1.0, poll=no_poll)
+    assert np.array_equal(mine, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_cast_changes_layout_and_dtype(dtype):
+    rng = np.random.default_rng(0)
+    sums = {f"{n}_sum": rng.standard_normal((500, 2, heads, 5)).astype(accumulator(dtype)) for n, heads in (("dq", 4), ("dk", 2))}
+    results = {n: np.empty((2, 500, heads, 5), numpy_dtype(dtype)) for n, heads in (("dq", 4), ("dk", 2))}
+    compute("cast", sums, results)
+    for total, result in zip(sums.values(), results.values(), strict=True):
+        assert np.array_equal(result, total.swapaxes(0, 1).astype(numpy_dtype(dtype)))

@@ -1,0 +1,171 @@
+"""Blockwise attention on NumPy, forward: one tile in cache-sized micro-tiles, with nothing allocated in the inner loop.
+
+Per query row the state holds a reference `max`, `sum` = sum exp(s - max) and `acc` = sum exp(s - max) v (FlashAttention-2,
+arXiv 2307.08691, section 3.1). The reference need only keep exp in range: where the norms of q and k prove that every
+|score| stays below a bound it is 0 and no maximum is sought; otherwise it is the running maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ringsim.backends.numpy_micro import Array, Hidden, hidden_pairs, widen
+from ringsim.backends.numpy_share import Poll
+from ringsim.lowering import Blocking, Panel
+from ringsim.tile import Tile
+
+BOUNDS: Final = {"float32": (40.0, 1e24), "float64": (300.0, 1e100)}
+"""|score| and the sum of squared values below which no sum of exp(score) x value over 1e9 keys leaves the dtype's range.
+
+Above, not below: in float32 values smaller than about 1e-20 may lose relative accuracy where all scores of a row are near -40.
+"""
+
+
+@dataclass(slots=True)
+class Scratch:
+    """One thread's buffers; every array of the inner loop is a view of these."""
+
+    scores: Array
+    hidden: Hidden
+    before: Hidden
+    queries: Array
+    product: Array
+    row_max: Array
+    row_sum: Array
+    factor: Array
+    ones: Array
+    columns: npt.NDArray[np.int32]
+
+    @classmethod
+    def make(cls, blocking: Blocking, width: int, dtype: np.dtype[Any]) -> Scratch:
+        """For heads up to `width` wide."""
+        made = cls(**{name: np.empty(size, kind or dtype) for name, (size, kind) in blocking.scratch(width).items()})
+        made.ones.fill(1)
+        made.columns[:] = np.arange(blocking.k_rows)
+        return made
+
+
+class Head(NamedTuple):
+    """Keys and values of one head in the dtype of computation, and what their norms allow."""
+
+    keys: Array
+    values: Array
+    key_norm: float
+    value_square: float
+
+    def part(self, begin: int, end: int) -> Head:
+        """Keys [begin, end)."""
+        return Head(self.keys[begin:end], self.values[begin:end], self.key_norm, self.value_square)
+
+
+class _Rows(NamedTuple):
+    """Scaled queries of some rows of one head, and views of their running state."""
+
+    queries: Array
+    acc: Array
+    max: Array
+    sum: Array
+
+    def part(self, begin: int, end: int) -> _Rows:
+        """Rows [begin, end)."""
+        return _Rows(self.queries[begin:end], self.acc[begin:end], self.max[begin:end], self.sum[begin:end])
+
+
+class Item(NamedTuple):
+    """One block of query rows of one head, and the panels to fold into it."""
+
+    batch: int
+    head: int
+    kv: Head
+    begin: int
+    end: int
+    panels: tuple[Panel, ...]
+
+
+@dataclass(slots=True)
+class AttendTile:
+    """Folds one tile, one block of query rows at a time, into the running state."""
+
+    tile: Tile
+    blocking: Blocking
+    q: Array
+    state: tuple[Array, ...]
+    scale: float
+    edges: tuple[Array, ...]
+
+    def __call__(self, scratch: Scratch, poll: Poll, item: Item) -> None:
+        """Fold the keys of one head into one block of query rows."""
+        first = self.tile.q.row
+        rows = slice(first + item.begin, first + item.end)
+        queries = self._scaled(scratch, self.q[item.batch, rows, item.head])
+        state = _Rows(queries, *(array[item.batch, item.head, rows] for array in self.state))
+        fold = _fold_bounded if self._bounded(scratch, state, item.kv) else _fold_online
+        for panel in item.panels:
+            part = state.part(panel.q_begin - item.begin, panel.q_end - item.begin)
+            for k_begin in range(panel.k_begin, panel.k_end, self.blocking.k_rows):
+                k_end = min(k_begin + self.blocking.k_rows, panel.k_end)
+                fold(scratch, part, item.kv.part(k_begin, k_end), hidden_pairs(self.edges, scratch, panel, k_begin, k_end))
+                poll()
+        if fold is _fold_bounded:
+            np.copyto(state.max, 0, where=state.sum > 0)
+
+    def _scaled(self, scratch: Scratch, source: Array) -> Array:
+        """The queries times softmax_scale, dense and in the dtype of computation."""
+        queries = scratch.queries[: source.size].reshape(source.shape)
+        scale = queries.dtype.type(self.scale)
+        np.multiply(source if source.dtype == queries.dtype else widen(source, queries), scale, out=queries)
+        return queries
+
+    def _bounded(self, scratch: Scratch, rows: _Rows, kv: Head) -> bool:
+        """Whether every score is provably within the bound, values are moderate, and the rows' reference is 0 or not yet set."""
+        bound, most_square = BOUNDS[rows.queries.dtype.name]
+        norms = np.einsum("ij,ij->i", rows.queries, rows.queries, out=scratch.row_sum[: len(rows.queries)])
+        largest = float(np.sqrt(norms.max())) * kv.key_norm
+        return largest < bound and kv.value_square < most_square and bool(np.all((rows.max == 0) | (rows.max == -np.inf)))
+
+
+def _fold_bounded(scratch: Scratch, rows: _Rows, kv: Head, hidden: Hidden | None) -> None:
+    scores = _scores(scratch, rows, kv)
+    np.exp(scores, out=scores)
+    if hidden is not None:
+        np.copyto(scores, 0, where=hidden)
+    rows.sum[:] += np.matmul(scores, scratch.ones[: len(kv.keys)], out=scratch.row_sum[: len(scores)])
+    _add_product(scratch, scores, rows, kv, hidden)
+
+
+def _fold_online(scratch: Scratch, rows: _Rows, kv: Head, hidden: Hidden | None) -> None:
+    scores = _scores(scratch, rows, kv)
+    if hidden is not None:
+        np.copyto(scores, -np.inf, where=hidden)
+    reference, factor = scratch.row_max[: len(scores)], scratch.factor[: len(scores)]
+    np.max(scores, axis=1, out=reference)
+    np.maximum(reference, rows.max, out=reference)
+    np.copyto(reference, 0, where=reference == -np.inf)
+    np.subtract(rows.max, reference, out=factor)
+    np.exp(factor, out=factor)
+    np.subtract(scores, reference[:, None], out=scores)
+    np.exp(scores, out=scores)
+    rows.sum[:] *= factor
+    rows.sum[:] += np.matmul(scores, scratch.ones[: len(kv.keys)], out=scratch.row_sum[: len(scores)])
+    rows.acc[:] *= factor[:, None]
+    np.copyto(rows.max, reference, where=rows.sum != 0)
+    _add_product(scratch, scores, rows, kv, hidden)
+
+
+def _scores(scratch: Scratch, rows: _Rows, kv: Head) -> Array:
+    shape = (len(rows.queries), len(kv.keys))
+    return np.matmul(rows.queries, kv.keys.T, out=scratch.scores[: shape[0] * shape[1]].reshape(shape))
+
+
+def _add_product(scratch: Scratch, scores: Array, rows: _Rows, kv: Head, hidden: Hidden | None) -> None:
+    if hidden is not None and not np.isfinite(kv.value_square):
+        # 0 x NaN is NaN: a row must not touch the values that it does not see
+        for row, unseen in enumerate(hidden):
+            rows.acc[row] += scores[row, ~unseen] @ kv.values[~unseen]
+        return
+    product = scratch.product[: rows.acc.size].reshape(rows.acc.shape)
+    rows.acc[:] += np.matmul(scores, kv.values, out=product)

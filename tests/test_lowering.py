@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringsim.calibration import micro_shapes
 from ringsim.errors import WorkloadError
+from ringsim.kernel_times import micro_shapes
 from ringsim.lowering import Blocking, MicroTiles
 from ringsim.mask import Causal
 from ringsim.schedule import Schedule

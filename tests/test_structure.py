@@ -18,7 +18,7 @@ FLOORS = [
     {"ledger", "inventory"},
     {"report"},
     {"trace", "comparison", "checking", "attention", "drawing", "breakeven", "hops"},
-    {"agreement", "calibration", "simulation", "execution", "importing"},
+    {"agreement", "calibration", "kernel_times", "simulation", "execution", "importing"},
     {"capacity", "shares"},
     {"backends", "costs", "footprint"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},

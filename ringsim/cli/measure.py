@@ -220,7 +220,7 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
     kernels = [Kernel(dtype=canonical(dtype), head_dim=dim) for dtype in dtypes for dim in sorted(set(head_dims))]
 
     def backend(blocking: Blocking | None) -> NumpyBackend:
-        return NumpyBackend(blocking=blocking)
+        return NumpyBackend(blocking=blocking, backward_blocking=blocking)
 
     with progress("calibrating", len(kernels) + 2) as advance:
         described = facts(transport, 1)
@@ -239,7 +239,10 @@ def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...],
     on_leader(transport, lambda: write_outputs(json_path, None, values, {}))
     hop, progress_kind = values["links"]["memory"], values["transports"]["mpi"]["progress"]
     tables = values["devices"]["host"]["attention"]
-    lines = [f"{table['dtype']} head_dim {table['head_dim']}: {table['rate']} a core" for table in tables]
+    lines = [
+        f"{table['dtype']} head_dim {table['head_dim']}: {table['rate']} a core, backward {table['backward']['rate']}"
+        for table in tables
+    ]
     console().print(
         "\n".join([*lines, f"hop: {hop['latency']} + bytes / {hop['bandwidth']}, driven by {progress_kind}", f"wrote {output}"])
     )

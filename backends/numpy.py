@@ -154,7 +154,8 @@ class NumpyBackend:
         operands = Operands(*(fetch(region) for region in op.reads[:6]))
         sums = tuple(fetch(region) for region in op.writes)
         for tile in op.tiles:
-            kernel = BackwardTile(tile, self.backward_blocking(op.writes[0].dtype), operands, sums, scale, edges_of(tile))
+            blocking = self.backward_blocking(op.writes[0].dtype)
+            kernel = BackwardTile(tile, blocking, operands, sums, scale, edges_of(tile), tuple(blocking.blocks(tile)))
 
             def run(thread: int, poll: Poll, item: numpy_backward.Item, kernel: BackwardTile = kernel) -> None:
                 kernel(self._backward_scratch_of(kernel, thread), poll, item)

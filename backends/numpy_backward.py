@@ -97,6 +97,10 @@ class Operands(NamedTuple):
     delta: Array
 
 
+Block = tuple[int, int, tuple[Panel, ...]]
+"""Query rows [begin, end) of a tile and their panels."""
+
+
 class Item(NamedTuple):
     """One key/value head of one sequence with all its query heads: its dk and dv have one writer."""
 
@@ -114,6 +118,7 @@ class BackwardTile:
     sums: tuple[Array, ...]
     scale: float
     edges: tuple[Array, ...]
+    blocks: tuple[Block, ...]
 
     def items(self) -> Iterator[Item]:
         """The work, in pieces that may run at the same time."""
@@ -135,7 +140,7 @@ class BackwardTile:
         dk, dv = (array[keys, batch, kv_head] for array in self.sums[1:])
         kv = scratch.head(self.operands.k[batch, keys, kv_head], self.operands.v[batch, keys, kv_head], dk, dv)
         for head in range(max(tile.heads[0], kv_head * self.group), min(tile.heads[1], (kv_head + 1) * self.group)):
-            for begin, end, panels in self.blocking.blocks(tile):
+            for begin, end, panels in self.blocks:
                 where = slice(tile.q.row + begin, tile.q.row + end)
                 rows = self._rows(scratch, batch, where, head)
                 for panel in panels:
@@ -147,12 +152,11 @@ class BackwardTile:
     def _rows(self, scratch: Scratch, batch: int, where: slice, head: int) -> _Rows:
         """A block of query rows. One that sees no key has lse -inf: a score of -inf in its place, so that P is 0, not inf."""
         source, lse, delta = self.operands, self.operands.lse[batch, head, where], self.operands.delta[batch, head, where]
-        queries = _with_column(source.q[batch, where, head], scratch.queries)
-        queries[:, :-1] *= queries.dtype.type(self.scale)
+        queries = _with_column(source.q[batch, where, head], scratch.queries, scratch.queries.dtype.type(self.scale))
         douts = _with_column(source.dout[batch, where, head], scratch.douts)
         # not np.negative: NumPy 2.4's gets some strides wrong
         np.multiply(delta, -1, out=douts[:, -1])
-        finite = all_finite(queries[:, :-1]) and all_finite(douts)
+        finite = not self.tile.masked or (all_finite(queries[:, :-1]) and all_finite(douts))
         np.multiply(lse, -1, out=queries[:, -1])
         blind = np.equal(lse, -np.inf, out=scratch.blind[: len(queries)])
         np.copyto(queries[:, -1], -np.inf, where=blind)
@@ -169,11 +173,15 @@ class BackwardTile:
             poll()
 
 
-def _with_column(source: Array, buffer: Array) -> Array:
-    """(rows, width + 1): `source` in the dtype of the buffer, and a column to be filled."""
+def _with_column(source: Array, buffer: Array, scale: Any = None) -> Array:
+    """(rows, width + 1): `source` in the dtype of the buffer, times `scale` if given, and a column to be filled."""
     rows, width = source.shape
     target = buffer[: rows * (width + 1)].reshape(rows, width + 1)
-    widen(source, target[:, :-1])
+    filled = target[:, :-1]
+    if scale is None or source.dtype != buffer.dtype:
+        source = widen(source, filled)
+    if scale is not None:
+        np.multiply(source, scale, out=filled)
     return target
 
 

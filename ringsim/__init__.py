@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import RingAttention, ring_attention, shard, unshard
+    from .attention import RingAttention, ring_attention, ring_attention_backward
     from .breakeven import Breakeven, find_breakeven
     from .comparison import Comparison, compare
     from .errors import RingsimError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .partition import Partition
     from .ring_sizes import size_rings
     from .schedule import Schedule
+    from .sharding import shard, unshard
     from .shares import even_out
     from .simulation import exposed_communication_s, simulate
     from .timeline import Timeline
@@ -31,8 +32,9 @@ __version__ = "0.1.0"
 _HOME = {
     "RingAttention": "attention",
     "ring_attention": "attention",
-    "shard": "attention",
-    "unshard": "attention",
+    "ring_attention_backward": "attention",
+    "shard": "sharding",
+    "unshard": "sharding",
     "Breakeven": "breakeven",
     "find_breakeven": "breakeven",
     "Comparison": "comparison",
@@ -87,6 +89,7 @@ __all__ = [
     "load_topology",
     "mask_named",
     "ring_attention",
+    "ring_attention_backward",
     "shard",
     "simulate",
     "size_rings",

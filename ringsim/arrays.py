@@ -40,6 +40,21 @@ def as_operands(q: Any, k: Any, v: Any) -> tuple[list[Array], bool]:
     return [array[None] for array in arrays] if packed else arrays, packed
 
 
+def as_inputs(given: dict[str, Any]) -> tuple[list[Array], bool]:
+    """As `as_operands`, of arrays by name: q, k, v and, of the backward pass, out, lse and dout. Raises ArrayError."""
+    operands, packed = as_operands(*(given[name] for name in "qkv"))
+    found = dict(zip("qkv", operands, strict=True))
+    for name, value in given.items():
+        if name in found:
+            continue
+        array = _view(name, value) if name == "lse" else as_array(name, value)
+        wanted = (4 if name != "lse" else 3) - packed
+        if array.ndim != wanted:
+            raise ArrayError(f"{name} has {array.ndim} dimensions {array.shape}; expected {wanted}, as q has {4 - packed}")
+        found[name] = array[None] if packed else array
+    return [found[name] for name in given], packed
+
+
 def as_any_array(name: str, value: Any) -> Array:
     """`value` as a NumPy array of any rank and dtype that shares its memory."""
     return _view(name, value)

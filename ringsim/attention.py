@@ -1,19 +1,19 @@
-"""The library API: ring attention as one call or as a plan, and the way from global arrays to shards and back."""
+"""The library API: ring attention and its gradients, as one call or as a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from . import agreement
-from .arrays import as_operands, writable
-from .dtypes import accumulator, numpy_dtype
-from .errors import ArrayError, RankMismatch, RingsimError, TransportError, WorkloadError
+from .arrays import as_inputs, writable
+from .communicators import close, closing, transport_of
+from .dtypes import accumulator
+from .errors import ArrayError, WorkloadError
 from .execution import Rank, clock
 from .footprint import Footprint, weigh
 from .mask import Mask
@@ -24,6 +24,17 @@ from .transport import Transport
 from .workload import Workload
 
 Array = npt.NDArray[Any]
+GRADIENTS: Final = ("dq", "dk", "dv")
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of a forward one: this rank's q, k, v, out and lse, as the caller sees them."""
+
+    q: Array
+    k: Array
+    v: Array
+    out: Array
+    lse: Array
 
 
 class RingAttention:
@@ -32,7 +43,8 @@ class RingAttention:
     `comm` is an mpi4py communicator (any sub-communicator; it is duplicated), a `ringsim.transport.Transport`, or None for
     this process alone. `partition` is a text such as ``zigzag`` (docs/partitions.md), `strategy` one such as ``double-ring(8)``
     (docs/strategies.md), `sync` ``free`` or ``step``. `threads` defaults to the cores of the host over its ranks. With
-    ``check=False`` a call no longer compares shapes between ranks.
+    ``check=False`` a call no longer compares shapes between ranks. The program of the workload's pass is made at once, that of
+    another when it is first called; slots are shared.
     Every method that runs is collective. Raises WorkloadError, RankMismatch, MissingDependency.
     """
 
@@ -56,13 +68,15 @@ class RingAttention:
             return schedule, _backend(self._transport, threads)
 
         self.schedule, self._backend = agreement.same_plan(self._transport, build, check=check)
-        self._rank = Rank(self.schedule, self._transport, self._backend, timeout_s=timeout_s)
+        self._rank = self._last = Rank(self.schedule, self._transport, self._backend, timeout_s=timeout_s)
+        self._ranks = {workload.pass_: self._rank}
         self._check = check
         self._clock = clock.offsets(self._transport)
+        self.saved: Saved | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Local shapes of q, k, v and out: (batch, local seq, heads, head_dim)."""
+        """Local shapes of what the workload's pass takes, forward q, k, v and out: (batch, local seq, heads, head_dim)."""
         return self._rank.shapes()
 
     @property
@@ -74,7 +88,7 @@ class RingAttention:
     @property
     def nbytes(self) -> int:
         """Bytes of buffers that this rank's plan holds; the arrays of a call are the caller's."""
-        return self._rank.memory.nbytes
+        return sum(rank.memory.nbytes for rank in self._ranks.values())
 
     @property
     def scratch_nbytes(self) -> int:
@@ -98,42 +112,86 @@ class RingAttention:
         return self.with_lse(q, k, v, out=out)[0]
 
     def with_lse(self, q: Any, k: Any, v: Any, *, out: Any = None) -> tuple[Array, Array]:
-        """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials."""
-        complaint, arrays, packed = self._prepare(q, k, v, out)
+        """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials.
+
+        `saved` then holds this call's arrays, for `backward`, until the next call or until it is set to None.
+        """
+        (result,), lse = self._run("forward", {"q": q, "k": k, "v": v}, {"out": out})
+        return result, lse
+
+    def backward(
+        self, dout: Any, saved: Saved | None = None, *, dq: Any = None, dk: Any = None, dv: Any = None
+    ) -> tuple[Array, Array, Array]:
+        """The gradients dq, dk and dv of this rank's rows (made, or those given filled), from that of out, shaped as it is.
+
+        Of the last call; with `saved`, the plan's `saved` after another one, of that: a plan serves many layers, each of which
+        keeps its own. All in the dtype of the workload. The tokens' order of summation follows from the schedule alone: equal
+        inputs give equal bits. Raises as a call does, ArrayError without a call before.
+        Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
+        """
+        saved = saved or self.saved
+        given = {**({} if saved is None else saved._asdict()), "dout": dout}
+        made, _ = self._run("backward", given, {"dq": dq, "dk": dk, "dv": dv})
+        return made[0], made[1], made[2]
+
+    def both(self, q: Any, k: Any, v: Any, dout: Any) -> tuple[Array, Array, Array, Array]:
+        """Forward and backward as one program, as ``pass_="both"`` predicts it: out, dq, dk and dv of this rank's rows."""
+        made, _ = self._run("both", {"q": q, "k": k, "v": v, "dout": dout}, dict.fromkeys(("out", *GRADIENTS)))
+        return made[0], made[1], made[2], made[3]
+
+    def _run(self, pass_: str, given: dict[str, Any], taken: dict[str, Any]) -> tuple[list[Array], Array]:
+        """Run a pass on what the caller gives; what it makes, as the caller sees it, and lse."""
+        rank = self._rank_for(pass_)
+        complaint, inputs, outputs, packed = self._prepare(rank, given, taken)
         if self._check:
             agreement.raise_common(self._transport, complaint)
         elif complaint is not None:
             raise ArrayError(f"rank {self._transport.rank}: {complaint}")
-        q, k, v, result = arrays
-        lse = self._rank.run(q, k, v, result[None] if packed else result)
-        return result, lse[0] if packed else lse
+        lse = rank.run(*inputs, *(array[None] if packed else array for array in outputs))
+        self._last = rank
+        if packed:
+            inputs, lse = [array[0] for array in inputs], lse[0]
+        if pass_ == "forward":
+            self.saved = Saved(*inputs, outputs[0], lse)
+        return outputs, lse
 
-    def _prepare(self, q: Any, k: Any, v: Any, out: Any) -> tuple[str | None, list[Array], bool]:
-        """What is wrong, if anything; q, k and v with all axes and out as the caller sees it; whether these lack the first."""
-        dtype = numpy_dtype(self.schedule.workload.dtype)
-        shape = self.shapes["out"]
+    def _rank_for(self, pass_: str) -> Rank:
+        """The program of a pass, made when it is first asked for."""
+        if pass_ not in self._ranks:
+            schedule = replace(self.schedule, workload=replace(self.schedule.workload, pass_=pass_))
+            options: dict[str, Any] = {"timeout_s": self._rank.timeout_s, "beside": self._rank.memory}
+            self._ranks[pass_] = Rank(schedule, self._transport, self._backend, **options)
+        return self._ranks[pass_]
+
+    def _prepare(
+        self, rank: Rank, given: dict[str, Any], taken: dict[str, Any]
+    ) -> tuple[str | None, list[Array], list[Array], bool]:
+        """What is wrong, if anything; what is given, with all axes; what is taken, as the caller sees it; whether packed."""
         try:
-            arrays, packed = as_operands(q, k, v)
-            shape = shape[1:] if packed else shape
-            arrays.append(np.empty(shape, dtype) if out is None else writable("out", out, shape, dtype))
-            for name, array in zip(("k", "v"), arrays[1:3], strict=True):
-                if np.may_share_memory(array, arrays[3]):
-                    raise ArrayError(f"out shares memory with {name}, which may still be on its way when out is written")
+            if "q" not in given:
+                raise ArrayError("there is no call to go back from: call the plan first, or give `saved`")
+            inputs, packed = as_inputs(given)
+            outputs = []
+            for name, value in taken.items():
+                shape, dtype = rank.shapes()[name], rank.dtype(name)
+                shape = shape[1:] if packed else shape
+                outputs.append(np.empty(shape, dtype) if value is None else writable(name, value, shape, dtype))
+            _check_apart(dict(zip(given, inputs, strict=True)), dict(zip(taken, outputs, strict=True)))
         except ArrayError as error:
-            return str(error), [], False
-        return self._rank.complaint(*arrays[:3]), arrays, packed
+            return str(error), [], [], False
+        return rank.complaint(*inputs), inputs, outputs, packed
 
     def timeline(self) -> Timeline:
         """The last call's timeline over all ranks, on every rank; collective. Raises WorkloadError before the first call."""
-        if self._rank.timeline is None:
+        if self._last.timeline is None:
             raise WorkloadError("there is no timeline before the first call of the plan")
         offsets = clock.offsets(self._transport)
-        parts = self._transport.allgather(clock.shift(self._rank.timeline, offsets.mine(self._clock)))
+        parts = self._transport.allgather(clock.shift(self._last.timeline, offsets.mine(self._clock)))
         return gather(parts)
 
     def close(self) -> None:
         """Free the duplicated communicator; collective."""
-        _close(self._transport, None)
+        close(self._transport)
 
     def __enter__(self) -> Self:
         return self
@@ -173,7 +231,7 @@ def ring_attention(
     Source: Ring Attention, arXiv 2310.01889; merge by log-sum-exp, FlashAttention-2, arXiv 2307.08691.
     """
     transport = transport_of(comm, timeout_s)
-    with _closing(transport, comm):
+    with closing(transport, comm):
         options = agreement.Options(
             partition=partition, softmax_scale=softmax_scale, strategy=strategy, sync=sync, return_lse=return_lse
         )
@@ -186,92 +244,58 @@ def ring_attention(
     return (result, lse) if return_lse else result
 
 
-def shard(x: Any, *, comm: Any = None, partition: str = "contiguous", mask: Mask | str | None = None, axis: int = 1) -> Array:
-    """The rows of global array `x` (the same on every rank) that this rank holds under `partition`, split along `axis`.
-
-    ``balanced`` needs the `mask` of the attention to come. A view where the rows are evenly spaced (contiguous, striped), else
-    a copy. No communication. Raises WorkloadError, ArrayError.
-    """
-    array = agreement.with_axis(x, axis)
-    rank, world_size = _place(comm)
-    spans = agreement.partition_of(partition, array.shape[axis], world_size, mask).spans(rank)
-    index: list[Any] = [slice(None)] * array.ndim
-    parts = []
-    for span in spans:
-        index[axis] = slice(span.start, span.last + 1, span.step)
-        parts.append(array[tuple(index)])
-    if not parts:
-        index[axis] = slice(0, 0)
-        parts.append(array[tuple(index)])
-    rows: Array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
-    return rows
-
-
-def unshard(
-    x: Any,
+def ring_attention_backward(  # noqa: PLR0917 - the operands of one formula, none of which has a default
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
     *,
     comm: Any = None,
-    partition: str = "contiguous",
+    causal: bool = False,
     mask: Mask | str | None = None,
-    axis: int = 1,
+    cu_seqlens: Any = None,
+    partition: str = "contiguous",
+    softmax_scale: float | None = None,
+    strategy: str = "ring",
+    sync: str = "free",
+    threads: int | None = None,
     timeout_s: float = 300.0,
-) -> Array:
-    """The global array whose shards the ranks hold, on every rank: the inverse of `shard`. Collective.
+) -> tuple[Array, Array, Array]:
+    """The gradients dq, dk and dv of `ring_attention`, of this rank's rows: local shards in, local shards out.
 
-    Raises RankMismatch on every rank if the shards are not those of one array under `partition`.
+    `dout` is the gradient of `out`; out and lse are those that ``ring_attention(..., return_lse=True)`` returned for q, k and v
+    under the same options. Shapes as there; gradients are shaped as q, k and v, in their dtype. Collective. For repeated calls
+    make a `RingAttention` plan and call its `backward`. Raises RankMismatch on every rank, before the first hop, if shapes,
+    dtypes or options do not fit together. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
     """
-    if comm is None:
-        array = agreement.with_axis(x, axis)
-        agreement.partition_of(partition, array.shape[axis], 1, mask)
-        return array
     transport = transport_of(comm, timeout_s)
-    with _closing(transport, comm):
-        parts, split = agreement.common_parts(transport, x, partition, axis, mask)
-    shape = list(parts[0].shape)
-    shape[axis] = split.length
-    result = np.empty(shape, parts[0].dtype)
-    index: list[Any] = [slice(None)] * result.ndim
-    for rank, part in enumerate(parts):
-        index[axis] = split.positions(rank)
-        result[tuple(index)] = part
-    return result
+    with closing(transport, comm):
+        options = agreement.Options(
+            partition=partition, softmax_scale=softmax_scale, strategy=strategy, sync=sync, return_lse=True
+        )
+        visibility = agreement.Visibility(causal=causal, mask=mask, cu_seqlens=cu_seqlens)
+        workload = agreement.common_workload(transport, (q, k, v), options, visibility)
+        plan = RingAttention(
+            replace(workload, pass_="backward"),
+            comm=transport,
+            partition=partition,
+            strategy=strategy,
+            sync=sync,
+            threads=threads,
+            timeout_s=timeout_s,
+        )
+        return plan.backward(dout, Saved(q, k, v, out, lse))
 
 
-def transport_of(comm: Any, timeout_s: float = 300.0) -> Transport:
-    """The transport of a communicator; a Transport is returned as it is, None is a world of one."""
-    if comm is None:
-        from ringsim.backends.loopback import World
-
-        return World(1).endpoint(0)
-    if hasattr(comm, "irecv") and hasattr(comm, "poll"):
-        found: Transport = comm
-        return found
-    from ringsim.backends.mpi import MpiTransport
-
-    return MpiTransport(comm, timeout_s=timeout_s)
-
-
-@contextmanager
-def _closing(transport: Transport, comm: Any) -> Iterator[None]:
-    """Free a duplicated communicator at the end, and after errors that all ranks raise: freeing is collective."""
-    try:
-        yield
-    except RingsimError as error:
-        if isinstance(error, RankMismatch) or not isinstance(error, TransportError):
-            _close(transport, comm)
-        raise
-    _close(transport, comm)
-
-
-def _close(transport: Transport, comm: Any) -> None:
-    if transport is not comm:
-        transport.close()
-
-
-def _place(comm: Any) -> tuple[int, int]:
-    if comm is None:
-        return 0, 1
-    return (comm.rank, comm.world_size) if hasattr(comm, "world_size") else (comm.Get_rank(), comm.Get_size())
+def _check_apart(given: dict[str, Array], taken: dict[str, Array]) -> None:
+    """Raise ArrayError where an output lies where an input does that is still needed when it is written."""
+    for output, target in taken.items():
+        for name, source in given.items():
+            # a row of out is written when its query has been used for the last time
+            if (output, name) != ("out", "q") and np.may_share_memory(source, target):
+                raise ArrayError(f"{output} shares memory with {name}, which may still be on its way when {output} is written")
 
 
 def _backend(transport: Transport, threads: int | None) -> Any:

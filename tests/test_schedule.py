@@ -232,7 +232,6 @@ def test_grid():
         ({"partition": "zigzog"}, "contiguous, striped, zigzag"),
         ({"world_size": 0}, "world_size >= 1"),
         ({"max_message_nbytes": 0}, "max_message_nbytes"),
-        ({"workload": Workload(q_len=4, pass_="backward")}, "no schedule for pass 'backward'"),
         ({"workload": Workload(q_len=4, wire_dtype="float16")}, "wire_dtype"),
     ],
 )

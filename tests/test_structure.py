@@ -17,8 +17,8 @@ FLOORS = [
     {"cli", "__main__"},
     {"ledger", "inventory"},
     {"report"},
-    {"trace", "comparison", "checking", "attention", "drawing", "breakeven", "hops"},
-    {"agreement", "calibration", "kernel_times", "simulation", "execution", "importing"},
+    {"trace", "comparison", "checking", "attention", "sharding", "drawing", "breakeven", "hops"},
+    {"agreement", "communicators", "calibration", "kernel_times", "simulation", "execution", "importing"},
     {"capacity", "shares"},
     {"backends", "costs", "footprint"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},
@@ -30,7 +30,7 @@ FLOORS = [
     {"errors"},
 ]
 HEIGHT = {room: len(FLOORS) - floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LATE = {("attention", "backends"), ("execution", "backends")}
+LATE = {("attention", "backends"), ("communicators", "backends"), ("execution", "backends")}
 
 
 def modules():

@@ -10,23 +10,35 @@ import numpy.typing as npt
 from ..dtypes import numpy_dtype
 from ..errors import ArrayError
 from ..schedule import Region, Schedule
+from ..schedule.job import GIVEN, TAKEN
 from ..transport import Bytes
 
 Array = npt.NDArray[Any]
-BOUND = ("q", "k", "v", "out")
 
 
 class Memory:
-    """Slots by (buffer, slot). Slot 0 of q, k, v and out is the caller's own array; all others are made here, once."""
+    """Slots by (buffer, slot). Slot 0 of what the caller gives and takes is the caller's own; all others are made here, once.
 
-    def __init__(self, schedule: Schedule, rank: int) -> None:
+    With another memory `beside` it, of a schedule that never runs at the same time, slots of that are used where they are long
+    enough.
+    """
+
+    def __init__(self, schedule: Schedule, rank: int, beside: Memory | None = None) -> None:
         self._slots: dict[tuple[str, int], Bytes] = {}
         self._bound: dict[tuple[str, int], Array] = {}
+        self._lent: dict[tuple[str, int], Bytes] = {}
+        pass_ = schedule.workload.pass_
+        callers = {(name, 0) for name in GIVEN[pass_] + TAKEN[pass_]}
         for key, nbytes in schedule.buffers(rank).items():
-            if key[0] not in BOUND or key[1] != 0:
-                self._slots[key] = np.empty(nbytes, dtype=np.uint8)
-                # touch every page now, so that the first run does not pay for it
-                self._slots[key].fill(0)
+            spare = None if beside is None else beside._slots.get(key)
+            if key in callers:
+                continue
+            if spare is not None and spare.nbytes >= nbytes:
+                self._lent[key] = spare
+                continue
+            self._slots[key] = np.empty(nbytes, dtype=np.uint8)
+            # touch every page now, so that the first run does not pay for it
+            self._slots[key].fill(0)
 
     @property
     def nbytes(self) -> int:
@@ -46,7 +58,7 @@ class Memory:
         """The region as an array of its dtype: of its shape, or a view of its box."""
         array = self._bound.get((region.buffer, region.slot))
         if array is None:
-            flat = self._slots[region.buffer, region.slot][region.offset : region.array_end]
+            flat = self._slot(region)[region.offset : region.array_end]
             array = flat.view(numpy_dtype(region.dtype)).reshape(region.shape)
         elif array.shape != region.shape:
             raise ArrayError(f"{region.buffer} has shape {array.shape}; the schedule expects {region.shape}")
@@ -55,5 +67,9 @@ class Memory:
     def bytes(self, region: Region) -> Bytes:
         """The region as flat bytes, for a transport."""
         bound = self._bound.get((region.buffer, region.slot))
-        flat = self._slots[region.buffer, region.slot] if bound is None else bound.reshape(-1).view(np.uint8)
+        flat = self._slot(region) if bound is None else bound.reshape(-1).view(np.uint8)
         return flat[slice(*region.extent)]
+
+    def _slot(self, region: Region) -> Bytes:
+        key = region.buffer, region.slot
+        return self._slots[key] if key in self._slots else self._lent[key]

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import numpy_dtype
+from ..dtypes import accumulator, numpy_dtype
 from ..errors import ArrayError, RankMismatch
 from ..schedule import Schedule, Send
+from ..schedule.job import GIVEN, OF_ROWS, TAKEN
 from ..timeline import Timeline
 from ..transport import Transport
 from .memory import Memory
@@ -23,69 +24,93 @@ _ABANDONED: list[Memory] = []
 
 
 class Rank:
-    """Runs `schedule` as one rank of `transport`'s group."""
+    """Runs `schedule` as one rank of `transport`'s group.
 
-    def __init__(self, schedule: Schedule, transport: Transport, backend: Backend, *, timeout_s: float = 300.0) -> None:
+    What it takes depends on the pass: forward q, k, v and out; backward q, k, v, out, lse, dout and dq, dk, dv; both q, k, v,
+    dout and out, dq, dk, dv, in this order, the outputs last. It may use the slots of another rank's memory `beside` its own.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        transport: Transport,
+        backend: Backend,
+        *,
+        timeout_s: float = 300.0,
+        beside: Memory | None = None,
+    ) -> None:
         if transport.world_size != schedule.world_size:
             raise RankMismatch(f"the schedule is for {schedule.world_size} ranks, the communicator has {transport.world_size}")
         self.schedule = schedule
         self.transport = transport
         self.backend = backend
         self.timeout_s = timeout_s
-        self.memory = Memory(schedule, transport.rank)
+        self.memory = Memory(schedule, transport.rank, beside)
+        self._given, self._taken = (of[schedule.workload.pass_] for of in (GIVEN, TAKEN))
         self.timeline: Timeline | None = None
         self._ops = tuple(schedule.program(transport.rank))
         self._leaving = {op.region.buffer for op in self._ops if isinstance(op, Send) and op.region.slot == 0}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The local shapes of q, k, v and out, (batch, local seq, heads, head_dim)."""
+        """Local shapes of what it takes: (batch, local seq, heads, head_dim), of lse (batch, heads, local seq)."""
         work, job, rank = self.schedule.workload, self.schedule.job, self.transport.rank
         q_rows, kv_rows = job.q_partition.count(rank), job.kv_partition.count(rank)
-        return {
-            "q": (work.batch, q_rows, work.heads, work.head_dim),
-            "k": (work.batch, kv_rows, work.kv_heads, work.head_dim),
-            "v": (work.batch, kv_rows, work.kv_heads, work.v_head_dim),
-            "out": (work.batch, q_rows, work.heads, work.v_head_dim),
-        }
+        q = (work.batch, q_rows, work.heads, work.head_dim)
+        k = (work.batch, kv_rows, work.kv_heads, work.head_dim)
+        v = (work.batch, kv_rows, work.kv_heads, work.v_head_dim)
+        out = (work.batch, q_rows, work.heads, work.v_head_dim)
+        lse = (work.batch, work.heads, q_rows)
+        every = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": out, "dq": q, "dk": k, "dv": v}
+        return {name: every[name] for name in (*self._given, *self._taken)}
 
-    def complaint(self, q: Array, k: Array, v: Array) -> str | None:
-        """What is wrong with the local shards, or with the transport, or None."""
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """That of an array that it takes: lse has that of the partials, the others have the workload's."""
+        dtype = self.schedule.workload.dtype
+        return numpy_dtype(accumulator(dtype) if name in OF_ROWS else dtype)
+
+    def complaint(self, *arrays: Array) -> str | None:
+        """What is wrong with the local shards (as many as are given of what `walker` takes), or with the transport, or None."""
         if self.transport.failure is not None:
             return f"an earlier run on this transport failed ({self.transport.failure}): make a new plan"
-        dtype = numpy_dtype(self.schedule.workload.dtype)
-        for (name, shape), array in zip(self.shapes().items(), (q, k, v), strict=False):
+        for (name, shape), array in zip(self.shapes().items(), arrays, strict=False):
+            dtype = self.dtype(name)
             if array.shape != shape or array.dtype != dtype:
                 return f"{name} is {array.dtype.name}{array.shape}, expected {dtype.name}{shape}"
         return None
 
-    def walker(self, q: Array, k: Array, v: Array, out: Array) -> Walker:
+    def walker(self, *arrays: Array) -> Walker:
         """A walker over the caller's arrays; each is copied only if it leaves from there and is not dense."""
-        if message := self.complaint(q, k, v):
+        names = (*self._given, *self._taken)
+        if len(arrays) != len(names):
+            raise ArrayError(f"rank {self.transport.rank}: {len(arrays)} arrays given; expected {', '.join(names)}")
+        if message := self.complaint(*arrays):
             raise ArrayError(f"rank {self.transport.rank}: {message}")
-        if self._leaving:
-            q, k, v = (np.ascontiguousarray(x) if name in self._leaving else x for name, x in (("q", q), ("k", k), ("v", v)))
-        self.memory.bind(q=q, k=k, v=v, out=out)
+        held = {
+            name: np.ascontiguousarray(array) if name in self._leaving else array
+            for name, array in zip(names, arrays, strict=True)
+        }
+        self.memory.bind(**held)
         return Walker(self._ops, self.memory, self.backend, self.transport, self.schedule.workload.softmax_scale)
 
     def finish(self, walker: Walker) -> Array:
         """Take the walker's measurements and release the caller's arrays; returns lse, (batch, heads, local seq)."""
+        lse = self._lse()
         self.timeline = Timeline(
             source="measured", digest=self.schedule.digest, world_size=self.schedule.world_size, events=tuple(walker.events)
         )
         self.memory.release()
-        return self._lse()
+        return lse
 
     def _lse(self) -> Array:
         work = self.schedule.workload
-        rows = self.shapes()["q"][1]
         whole = self.schedule.job.home("lse", self.schedule.job.q_block(self.transport.rank))
         if not whole.nbytes:
-            return np.empty((work.batch, work.heads, rows), numpy_dtype(whole.dtype))
+            return np.empty((work.batch, work.heads, self.shapes()["q"][1]), numpy_dtype(whole.dtype))
         return self.memory.array(whole).copy()
 
-    def run(self, q: Array, k: Array, v: Array, out: Array) -> Array:
-        """Run once, writing `out`; returns lse. Collective. Raises PeerTimeout, ArrayError."""
-        walker = self.walker(q, k, v, out)
+    def run(self, *arrays: Array) -> Array:
+        """Run once, writing the outputs; returns lse. Collective. Raises PeerTimeout, ArrayError."""
+        walker = self.walker(*arrays)
         try:
             drive(walker, self.transport, timeout_s=self.timeout_s)
         except BaseException as error:

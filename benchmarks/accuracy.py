@@ -12,10 +12,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 BIN = Path(sys.executable).parent
+PASSES = ("forward", "both")
 WORKLOADS = (
     "--seq 4K --causal --partition zigzag",
     "--seq 4K",
@@ -39,17 +41,19 @@ def ringsim(ranks: int, *arguments: str) -> None:
 
 
 def measure(ranks: int, folder: Path, repeats: int) -> list[dict]:
-    """Calibrate, then compare every workload."""
+    """Calibrate, then compare every workload, forward and with its backward pass."""
     here, facts = folder / f"here{ranks}.yaml", folder / "facts.json"
     ringsim(ranks, "calibrate", "-o", str(here))
     rows = []
-    for workload in WORKLOADS:
-        ringsim(ranks, "compare", "--topology", str(here), "--json", str(facts), "--repeats", str(repeats), *workload.split())
+    for pass_, workload in product(PASSES, WORKLOADS):
+        asked = ["--pass", pass_, *workload.split()]
+        ringsim(ranks, "compare", "--topology", str(here), "--json", str(facts), "--repeats", str(repeats), *asked)
         found = json.loads(facts.read_text())
         spread = found["measured"]["spread"]["total_s"]
         rows.append(
             {
                 "ranks": ranks,
+                "pass": pass_,
                 "workload": workload,
                 "predicted_s": found["predicted"]["total_s"],
                 "measured_s": found["measured"]["total_s"],
@@ -69,22 +73,19 @@ def line(row: dict) -> str:
     """A row of the table."""
     times = [f"{row[name] * 1e3:.1f}" for name in ("predicted_s", "measured_s", "low_s", "high_s")]
     exposed = [f"{row[name] * 1e3:.1f}" for name in ("exposed_predicted_s", "exposed_measured_s")]
-    return (
-        f"| {row['ranks']} | `{row['workload']}` | {times[0]} | {times[1]} | {times[2]} .. {times[3]} | {row['error']:+.1%} "
-        f"| {exposed[0]} / {exposed[1]} |"
-    )
+    what = f"{row['ranks']} | {row['pass']} | `{row['workload']}`"
+    return f"| {what} | {times[0]} | {times[1]} | {times[2]} .. {times[3]} | {row['error']:+.1%} | {exposed[0]} / {exposed[1]} |"
 
 
 def table(rows: list[dict]) -> str:
     """The whole table in Markdown."""
-    names = ("ranks", "workload", "predicted ms", "measured ms (median)", "range", "error", "exposed p / m, ms")
+    names = ("ranks", "pass", "workload", "predicted ms", "measured ms (median)", "range", "error", "exposed p / m, ms")
     head = f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
     lines = [head, *map(line, rows)]
-    for ranks in dict.fromkeys(row["ranks"] for row in rows):
-        errors = [abs(row["error"]) for row in rows if row["ranks"] == ranks]
-        lines.append(
-            f"\n{ranks} ranks: median |error| {median(errors):.1%}, largest {max(errors):.1%}, over {len(errors)} workloads."
-        )
+    for ranks, pass_ in dict.fromkeys((row["ranks"], row["pass"]) for row in rows):
+        errors = [abs(row["error"]) for row in rows if (row["ranks"], row["pass"]) == (ranks, pass_)]
+        summary = f"median |error| {median(errors):.1%}, largest {max(errors):.1%}, over {len(errors)} workloads"
+        lines.append(f"\n{ranks} ranks, {pass_}: {summary}.")
     return "\n".join(lines) + "\n"
 
 

@@ -136,3 +136,35 @@ def test_published_rates_are_in_the_machines(name, table, index, pairs, tflops):
     found = machine.device(machine.devices[0])
     entry = found.attention[index]
     assert dict(getattr(entry.backward, table))[pairs] * found.rate(entry.of_backward()) == pytest.approx(tflops * 1e12, rel=1e-3)
+
+
+def simulated(name, pass_, settings=(), *, ranks=4, fold=None):
+    work = ringsim.Workload(q_len=ranks * 2048, heads=16, kv_heads=4, head_dim=128, dtype="bfloat16", pass_=pass_)
+    schedule = ringsim.Schedule(workload=work, world_size=ranks)
+    return ringsim.simulate(schedule, ringsim.load_topology(name, settings), fold=fold)
+
+
+def test_a_simulation_says_where_efficiencies_are_the_forwards():
+    said = "forward's efficiencies: rtx4090-pcie, rtx4090 has no backward figures for bfloat16 head_dim 128"
+    assert simulated("rtx4090-pcie", "both").facts["backward"] == said
+    assert simulated("rtx4090-pcie", "backward").facts["backward"] == said
+    assert "backward" not in simulated("rtx4090-pcie", "forward").facts
+    assert "backward" not in simulated("dgx-h100", "both").facts
+
+
+@pytest.mark.parametrize("name", ringsim.topology.names())
+def test_every_machine_predicts_a_backward_pass(name):
+    machine = ringsim.load_topology(name)
+    table = machine.device(machine.devices[0]).attention[0]
+    work = ringsim.Workload(q_len=4096, heads=2, head_dim=table.head_dim, dtype=table.dtype, pass_="both", mask=ringsim.Causal())
+    schedule = ringsim.Schedule(workload=work, world_size=2, partition="zigzag")
+    timeline = ringsim.simulate(schedule, machine)
+    assert {"attend", "attend_backward"} <= {event.kind for event in timeline.events}
+    assert ("backward" in timeline.facts) == (table.backward is None)
+
+
+def test_forward_then_backward_folds():
+    settings = {"nodes": 4}
+    folded, whole = (simulated("dgx-h100-cluster", "both", settings, ranks=32, fold=fold) for fold in (True, False))
+    assert folded.facts["alike"] == 8
+    assert folded.total_s == pytest.approx(whole.total_s, rel=1e-12)

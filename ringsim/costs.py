@@ -103,13 +103,26 @@ class Costs:
         """Device seconds and pieces of an op."""
         fused = self._fused.get(op.kernel)
         if fused is None:
-            pieces = max(self.workload.batch * self.workload.heads, 1)
-            return Cost(self._overhead_s + op.nbytes / (self.device.memory_bandwidth * self.device.speed), pieces)
+            return self._other(op)
         key = (op.kernel, tuple(map(_shape, op.tiles)))
         found = self._prices.get(key)
         if found is None:
             found = self._prices[key] = self._attend(fused, op.tiles)
         return found
+
+    def _other(self, op: Compute) -> Cost:
+        """The overhead, and the longer of its bytes through memory and its FLOPs at the rate of large matrix products."""
+        device, dtype = self.device, self.workload.dtype
+        seconds = op.nbytes / (device.memory_bandwidth * device.speed)
+        if op.flops:
+            if dtype not in device.matmul:
+                kind = self.name.rpartition(", ")[2]
+                raise TopologyError(
+                    f"{self.name} has no `matmul` figure for {dtype}, by which the FLOPs of {op.kernel} are priced: give the "
+                    f"rate that large matrix products achieve there, such as --set devices.{kind}.matmul.{dtype}='250 TFLOP/s'"
+                )
+            seconds = max(seconds, op.flops / (device.matmul[dtype] * device.speed))
+        return Cost(self._overhead_s + seconds, max(self.workload.batch * self.workload.heads, 1))
 
     def _attend(self, fused: Fused, tiles: tuple[Tile, ...]) -> Cost:
         pieces = sum(micro.count * _copies(tile) for tile in tiles for micro in fused.blocking.micro_tiles(tile))

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import ringsim
 from ringsim.costs import Costs, _as_a_square
-from ringsim.errors import BeyondFigures
-from ringsim.schedule import Compute
+from ringsim.errors import BeyondFigures, TopologyError
+from ringsim.schedule import Compute, Region
 from ringsim.tile import Span, Tile
 
 WORK = ringsim.Workload(q_len=2**20, heads=32, head_dim=128, dtype="bfloat16")
@@ -89,3 +89,24 @@ def test_a_prediction_says_how_much_of_it_is_such_a_bound():
         work = ringsim.Workload(q_len=2**16, heads=32, head_dim=128, dtype="bfloat16", mask=ringsim.mask_named(text))
         timeline = ringsim.simulate(ringsim.Schedule(workload=work, world_size=8, partition="zigzag"), machine)
         assert (timeline.facts["bounded"] > 0) is some
+
+
+def product(flops, elements, **settings):
+    """Seconds of a matrix product on an H100, beyond its launch."""
+    on = ringsim.load_topology("dgx-h100", {"devices.h100.launch": "0 s", **settings})
+    region = Region(buffer="x", slot=0, shape=(elements,), dtype="bfloat16", value="x")
+    op = Compute(id=0, step=0, phase="feed_forward", kernel="feed_forward", reads=(region,), writes=(), flops=flops)
+    return Costs(on.spec.devices["h100"], WORK, "dgx-h100, h100").cost(op).seconds
+
+
+def test_flops_outside_attention_take_the_longer_of_the_matmul_rate_and_memory():
+    on = {"devices.h100.matmul.bfloat16": "500 TFLOP/s", "devices.h100.memory_bandwidth": "2 TB/s"}
+    assert product(10**12, 10**6, **on) == pytest.approx(1e12 / 500e12, rel=1e-12)
+    assert product(10**9, 10**9, **on) == pytest.approx(2e9 / 2e12, rel=1e-12)
+    assert product(0, 10**9, **on) == pytest.approx(2e9 / 2e12, rel=1e-12)
+    assert product(10**12, 10**6, **on, **{"devices.h100.speed": 0.5}) == pytest.approx(2e12 / 500e12, rel=1e-12)
+
+
+def test_flops_without_a_figure_say_which_is_missing_and_how_to_give_it():
+    with pytest.raises(TopologyError, match=r"dgx-h100, h100 has no `matmul` figure for bfloat16.*--set devices\.h100\.matmul"):
+        product(1, 1, **{"devices.h100.matmul": {}})

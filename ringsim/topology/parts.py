@@ -90,7 +90,8 @@ class Device(Strict):
 
     `speed` scales its computation (a straggler has less than 1). `units` are a gpu's SMs or CUs: a fused kernel (`exact`) gives
     a block of q_rows of a head to one, so a tile keeps at most batch x heads x blocks of them busy. `egress` and `ingress`
-    bound all that leaves or enters it. `inside` is the link between two ranks on it, one per pair.
+    bound all that leaves or enters it. `inside` is the link between two ranks on it, one per pair. `matmul` is the rate that
+    large matrix products achieve: it prices FLOPs that are not attention's, such as a feed-forward's.
     """
 
     like: Name | None = None
@@ -107,6 +108,7 @@ class Device(Strict):
     inside: Name | None = None
     launch: Time | None = None
     peak: dict[Dtype, Rate] = pydantic.Field(default_factory=dict)
+    matmul: dict[Dtype, Rate] = pydantic.Field(default_factory=dict)
     attention: tuple[Attention, ...] = ()
 
     @pydantic.model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ from .transport import Transport
 from .workload import Workload
 
 Array = npt.NDArray[Any]
-GRADIENTS: Final = ("dq", "dk", "dv")
 
 
 class Saved(NamedTuple):
@@ -99,8 +98,9 @@ class RingAttention:
     @property
     def footprint(self) -> Footprint:
         """What this rank holds while it runs, the caller's arrays included, by class: the model's answer."""
-        blocking = self._backend.blocking(accumulator(self.schedule.workload.dtype))
-        return weigh(self.schedule, self._transport.rank, blocking=blocking, threads=self._backend.threads)
+        dtype, backend = accumulator(self.schedule.workload.dtype), self._backend
+        cut = {"blocking": backend.blocking(dtype), "backward_blocking": backend.backward_blocking(dtype)}
+        return weigh(self.schedule, self._transport.rank, **cut, threads=backend.threads)
 
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Array:
         """Attention of the local shards; returns this rank's rows of the output (or fills and returns `out`).
@@ -134,9 +134,12 @@ class RingAttention:
         made, _ = self._run("backward", given, {"dq": dq, "dk": dk, "dv": dv})
         return made[0], made[1], made[2]
 
-    def both(self, q: Any, k: Any, v: Any, dout: Any) -> tuple[Array, Array, Array, Array]:
+    def both(
+        self, q: Any, k: Any, v: Any, dout: Any, *, out: Any = None, dq: Any = None, dk: Any = None, dv: Any = None
+    ) -> tuple[Array, Array, Array, Array]:
         """Forward and backward as one program, as ``pass_="both"`` predicts it: out, dq, dk and dv of this rank's rows."""
-        made, _ = self._run("both", {"q": q, "k": k, "v": v, "dout": dout}, dict.fromkeys(("out", *GRADIENTS)))
+        given, taken = {"q": q, "k": k, "v": v, "dout": dout}, {"out": out, "dq": dq, "dk": dk, "dv": dv}
+        made, _ = self._run("both", given, taken)
         return made[0], made[1], made[2], made[3]
 
     def _run(self, pass_: str, given: dict[str, Any], taken: dict[str, Any]) -> tuple[list[Array], Array]:
@@ -152,7 +155,7 @@ class RingAttention:
         if packed:
             inputs, lse = [array[0] for array in inputs], lse[0]
         if pass_ == "forward":
-            self.saved = Saved(*inputs, outputs[0], lse)
+            self.saved = Saved(inputs[0], inputs[1], inputs[2], outputs[0], lse)
         return outputs, lse
 
     def _rank_for(self, pass_: str) -> Rank:

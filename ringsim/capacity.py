@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from .costs import Costs
 from .errors import TopologyError
-from .footprint import FeedForward, Footprint, weigh
+from .footprint import FeedForward, Footprint, Layers, weigh
 from .lowering import Blocking
 from .schedule import Schedule
 from .topology import Topology
@@ -55,16 +55,22 @@ class Demand:
         return values | {"ranks": list(self.ranks), "fits": self.fits}
 
 
-def blocking_of(topology: Topology, workload: Workload, kind: str) -> Blocking | None:
-    """The lowering of a kind of device; None where it has no attention figures for the workload: its scratch is unknown."""
+def lowering_of(topology: Topology, workload: Workload, kind: str) -> dict[str, Blocking]:
+    """The lowerings of a kind of device, as `weigh` takes them; none without attention figures: its scratch is unknown."""
     try:
-        return Costs(topology.spec.devices[kind], workload, f"{topology.name}, {kind}").blocking
+        costs = Costs(topology.spec.devices[kind], workload, f"{topology.name}, {kind}")
     except TopologyError:
-        return None
+        return {}
+    return {"blocking": costs.blocking, "backward_blocking": costs.backward_blocking}
 
 
 def demands(
-    schedule: Schedule, topology: Topology, *, feed_forward: FeedForward | None = None, reserve_nbytes: float = 0.0
+    schedule: Schedule,
+    topology: Topology,
+    *,
+    feed_forward: FeedForward | None = None,
+    layers: Layers | None = None,
+    reserve_nbytes: float = 0.0,
 ) -> tuple[Demand, ...]:
     """The demand on each device that has ranks, in the order of ranks.
 
@@ -75,7 +81,8 @@ def demands(
     for rank, number in enumerate(topology.place(schedule.world_size)):
         on.setdefault(number, []).append(rank)
     kinds = dict.fromkeys(topology.graph.vertices[number].device for number in on)
-    needs = {kind: _needs(schedule, blocking_of(topology, schedule.workload, kind), feed_forward) for kind in kinds}
+    around = {"feed_forward": feed_forward, "layers": layers}
+    needs = {kind: _needs(schedule, **lowering_of(topology, schedule.workload, kind), **around) for kind in kinds}
     found = []
     for number, ranks in on.items():
         vertex, memory = topology.graph.vertices[number], topology.device(number).memory
@@ -96,8 +103,8 @@ def demands(
     return tuple(found)
 
 
-def _needs(schedule: Schedule, blocking: Blocking | None, feed_forward: FeedForward | None) -> Callable[[int], Footprint]:
-    """The footprint of a rank, or the largest of a sample."""
+def _needs(schedule: Schedule, **options: Any) -> Callable[[int], Footprint]:
+    """The footprint of a rank, or the largest of a sample; options of `weigh`."""
     world_size, work = schedule.world_size, schedule.workload
     if world_size > SMALL_WORLD and not one_length(schedule):
         runs = 2 * world_size
@@ -105,7 +112,7 @@ def _needs(schedule: Schedule, blocking: Blocking | None, feed_forward: FeedForw
         schedule = replace(schedule, workload=replace(work, q_len=q_len, kv_len=kv_len))
 
     def of(rank: int) -> Footprint:
-        return weigh(schedule, rank, blocking=blocking, feed_forward=feed_forward)
+        return weigh(schedule, rank, **options)
 
     if world_size <= SMALL_WORLD:
         return of
@@ -159,7 +166,12 @@ def _on_the_line(low: int, at_low: float, high: int, at_high: float, capacity: f
 
 
 def longest_ring(
-    schedule: Schedule, topology: Topology, *, feed_forward: FeedForward | None = None, reserve_nbytes: float = 0.0
+    schedule: Schedule,
+    topology: Topology,
+    *,
+    feed_forward: FeedForward | None = None,
+    layers: Layers | None = None,
+    reserve_nbytes: float = 0.0,
 ) -> int | None:
     """The longest context, in whole K tokens, for which every device that says what it has has room; None if none says, or
     if the schedule is of one length only (`one_length`).
@@ -169,7 +181,7 @@ def longest_ring(
 
     def at(tokens: int) -> tuple[Demand, ...]:
         longer = replace(schedule, workload=of_length(schedule.workload, tokens))
-        found = demands(longer, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes)
+        found = demands(longer, topology, feed_forward=feed_forward, layers=layers, reserve_nbytes=reserve_nbytes)
         return tuple(demand for demand in found if demand.room_nbytes is not None)
 
     if not at(UNIT):

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import inputs
-from .dtypes import ITEMSIZE
+from .dtypes import ITEMSIZE, numpy_dtype
 from .errors import WorkloadError
-from .reference import dense_rows
-from .schedule import Schedule
+from .reference import dense_backward, dense_rows
+from .schedule import Block, Schedule
 from .transport import Transport
 from .workload import Workload
 
+Array = npt.NDArray[Any]
 LIMITS = {"float64": 1e-12, "float32": 2e-6}
 MOST_PAIRS = 2**27
 MOST_NBYTES = 2**32
+GRADIENT_LIMITS = {"float64": 1e-10, "float32": 2e-5}
+MOST_GRADIENT_PAIRS = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """The largest absolute error over all ranks' checked rows, and the limit for it."""
+    """The largest error over all checked rows, and the limit: of out absolute, of gradients relative to the largest entry."""
 
     error: float
     limit: float
     rows: int
     of_rows: int
+    what: str = "out"
 
     @property
     def passed(self) -> bool:
@@ -39,7 +43,9 @@ class Check:
         """The verdict for people."""
         some = f"all {self.rows} rows" if self.rows == self.of_rows else f"{self.rows} of {self.of_rows} rows, sampled"
         verdict = "right" if self.passed else "WRONG"
-        return f"check: {verdict}: largest error {self.error:.2e} (limit {self.limit:.2e}) against dense float64, {some}"
+        size = "error" if self.what == "out" else "relative error"
+        of = "" if self.what == "out" else f" of {self.what}"
+        return f"check: {verdict}: largest {size}{of} {self.error:.2e} (limit {self.limit:.2e}) against dense float64, {some}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -47,7 +53,13 @@ class Check:
 
 
 def check_size(workload: Workload) -> None:
-    """Raise WorkloadError where K and V of the whole sequence outgrow 4 GiB."""
+    """Raise WorkloadError where K and V of the whole sequence outgrow 4 GiB, or gradients take too many pairs."""
+    pairs = workload.batch * workload.heads * workload.q_len * workload.kv_len
+    if workload.pass_ != "forward" and pairs > MOST_GRADIENT_PAIRS:
+        raise WorkloadError(
+            f"--check of gradients computes every query with every key, {pairs:.3g} pairs; at most {MOST_GRADIENT_PAIRS:.3g} are "
+            "allowed: use a shorter sequence"
+        )
     width = workload.kv_heads * (workload.head_dim + workload.v_head_dim)
     nbytes = workload.batch * workload.kv_len * width * ITEMSIZE[workload.dtype]
     if nbytes > MOST_NBYTES:
@@ -77,3 +89,46 @@ def check(transport: Transport, schedule: Schedule, q: npt.NDArray[Any], out: np
     limit = LIMITS.get(work.dtype, 2.5 * max(entry[1] for entry in said) + 2e-3)
     largest = float(np.max([entry[0] for entry in said]))
     return Check(error=largest, limit=limit, rows=sum(entry[2] for entry in said), of_rows=sum(entry[3] for entry in said))
+
+
+def check_gradients(transport: Transport, schedule: Schedule, gradients: tuple[Array, Array, Array], seed: int) -> Check:
+    """Compare this rank's dq, dk and dv with dense ones of the whole sequence; collective, the same result on every rank.
+
+    Errors are relative to the largest entry of that gradient: float64 within 1e-10, float32 within 2e-5, half precision within
+    2.5 times the rounding error of the dense one plus 2e-3. Each rank computes the dense gradients of some key/value heads.
+    """
+    work, job = schedule.workload, schedule.job
+    check_size(work)
+    shards = transport.allgather(gradients)
+    error = rounding = 0.0
+    for head in range(transport.rank, work.kv_heads, transport.world_size):
+        for name, dense in zip(("dq", "dk", "dv"), _dense_of_head(work, head, seed), strict=True):
+            largest = float(np.max(np.abs(dense), initial=0.0)) or 1.0
+            heads = slice(head, head + 1) if name != "dq" else slice(*job.q_heads(Block(0, (0, 0), (head, head + 1))))
+            for rank, parts in enumerate(shards):
+                found = parts[("dq", "dk", "dv").index(name)][:, :, heads].astype(np.float64)
+                wanted = dense[:, (job.q_partition if name == "dq" else job.kv_partition).positions(rank)]
+                error = _larger(error, found - wanted, largest)
+                rounding = _larger(rounding, wanted.astype(numpy_dtype(work.dtype)).astype(np.float64) - wanted, largest)
+    said = transport.allgather((error, rounding))
+    limit = GRADIENT_LIMITS.get(work.dtype, 2.5 * max(entry[1] for entry in said) + 2e-3)
+    return Check(
+        error=float(np.max([entry[0] for entry in said])), limit=limit, rows=work.q_len, of_rows=work.q_len, what="dq, dk, dv"
+    )
+
+
+def _larger(most: float, difference: Array, scale: float) -> float:
+    """The larger of both, NaN if either is."""
+    return float(np.maximum(most, np.max(np.abs(difference), initial=0.0) / scale))
+
+
+def _dense_of_head(work: Workload, head: int, seed: int) -> tuple[Array, Array, Array]:
+    """Dense gradients of one key/value head and the query heads that share it."""
+    group = work.heads // work.kv_heads
+    one = replace(work, heads=group, kv_heads=1, pass_="forward")
+    names = {"dout": (work.q_len, group), "q": (work.q_len, group), "k": (work.kv_len, 1), "v": (work.kv_len, 1)}
+    arrays = [
+        inputs.rows(work, name, np.arange(rows), seed)[:, :, head * count : (head + 1) * count]
+        for name, (rows, count) in names.items()
+    ]
+    return dense_backward(one, *arrays)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, Final
 
 from .dtypes import ITEMSIZE, accumulator
@@ -13,9 +12,23 @@ from .errors import WorkloadError
 from .lowering import Blocking
 from .schedule import Compute, Op, Recv, Schedule
 from .schedule.schedule import regions
+from .scratch import scratch_nbytes
 from .workload import Workload
 
-CLASSES: Final = ("q", "k, v", "in flight", "output", "partial output", "statistics", "scores", "scratch", "activations")
+CLASSES: Final = (
+    "q",
+    "k, v",
+    "in flight",
+    "output",
+    "partial output",
+    "statistics",
+    "gradients",
+    "gradient sums",
+    "scores",
+    "scratch",
+    "activations",
+    "saved",
+)
 NAMED: Final = {
     "q": "q",
     "k": "k, v",
@@ -26,7 +39,17 @@ NAMED: Final = {
     "max": "statistics",
     "sum": "statistics",
     "lse": "statistics",
+    "delta": "statistics",
+    "dout": "gradients",
+    "dq": "gradients",
+    "dk": "gradients",
+    "dv": "gradients",
+    "dq_sum": "gradient sums",
+    "dk_sum": "gradient sums",
+    "dv_sum": "gradient sums",
 }
+STARTS: Final = ("reset", "clear")
+"""Kernels that begin a state or a sum: it is the rank's own, though it may travel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +77,44 @@ class FeedForward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layers:
+    """The layers of a model, each of which keeps something for its backward pass while the others' attention runs.
+
+    That is its input, attention's q, k, v, out and lse, and with a feed-forward the input of that and, if it computes all rows
+    at once, its hidden units. With `recompute` it is the layer's input alone: the layer runs forward again before it goes back
+    (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174).
+    """
+
+    count: int
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise WorkloadError(f"there are {self.count} layers; give 1 or more")
+
+    def nbytes(self, workload: Workload, rows: tuple[int, int], feed_forward: FeedForward | None) -> int:
+        """What all layers but the one at work keep, for so many queries and keys of a rank."""
+        queries, keys = (workload.batch * count for count in rows)
+        width, itemsize = queries * workload.heads * workload.v_head_dim, ITEMSIZE[workload.dtype]
+        kept = width
+        if not self.recompute:
+            kept += queries * workload.heads * (workload.head_dim + workload.v_head_dim)
+            kept += keys * workload.kv_heads * (workload.head_dim + workload.v_head_dim)
+            if feed_forward is not None:
+                kept += width + (queries * feed_forward.dim if feed_forward.block is None else 0)
+        statistics = 0 if self.recompute else queries * workload.heads * ITEMSIZE[accumulator(workload.dtype)]
+        return (self.count - 1) * (kept * itemsize + statistics)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
     """Bytes by class, and by buffer within (each slot once). `rank` is None where one device does it all.
 
     q, k, v: the inputs, and what is packed of them to be sent. in flight: what receives fill. output: what the caller gets.
     partial output, statistics: the running state, float32 (float64 for float64), and log-sum-exp; where the state travels, its
-    statistics count as partial output. scores: those of dense attention. scratch: the backend's own.
-    activations: the feed-forward, alive when attention's buffers but its output are free again.
+    statistics count as partial output. gradients: dout, dq, dk, dv; gradient sums: these while they grow, as the state.
+    scores: those of dense attention. scratch: the backend's own.
+    activations: the feed-forward, alive when attention's buffers but its output are free again. saved: see Layers.
     """
 
     method: str
@@ -70,14 +124,14 @@ class Footprint:
 
     @property
     def attention_nbytes(self) -> int:
-        """All but the activations."""
-        return sum(self.classes.values()) - self.classes.get("activations", 0)
+        """All but the activations and what other layers keep."""
+        return sum(self.classes.values()) - self.classes.get("activations", 0) - self.classes.get("saved", 0)
 
     @property
     def nbytes(self) -> int:
-        """The peak: attention, or the feed-forward and its input."""
-        later = self.classes.get("activations", 0)
-        return max(self.attention_nbytes, later + self.classes.get("output", 0) if later else 0)
+        """The peak: attention, or the feed-forward and its input; besides what other layers keep."""
+        later, saved = self.classes.get("activations", 0), self.classes.get("saved", 0)
+        return saved + max(self.attention_nbytes, later + self.classes.get("output", 0) if later else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -95,22 +149,28 @@ def weigh(
     rank: int,
     *,
     blocking: Blocking | None = None,
+    backward_blocking: Blocking | None = None,
     threads: int = 1,
     feed_forward: FeedForward | None = None,
+    layers: Layers | None = None,
 ) -> Footprint:
     """What `rank` holds while it runs its program: every region that it touches, and scratch.
 
-    `blocking` is the lowering of its backend, each of whose `threads` has scratch; without one, or an `exact` one (a fused
-    kernel), micro-tiles stay on chip. Several threads and half precision make it an upper bound: which heads they are at when
-    one goes on is chance. The feed-forward, if given, computes the rank's own rows.
+    `blocking` is the lowering of its backend, each of whose `threads` has scratch, `backward_blocking` that of its backward
+    pass; without one, or an `exact` one (a fused kernel), micro-tiles stay on chip. Several threads and half precision make it
+    an upper bound: which heads they are at when one goes on is chance. The feed-forward, if given, computes the rank's own rows.
     """
     program = tuple(schedule.program(rank, whole=True))
     classes, buffers = _regions(program)
-    if blocking is not None and not blocking.exact:
-        classes["scratch"] = _scratch(program, schedule.workload, blocking, threads)
+    cut = {"attend": blocking, "attend_backward": backward_blocking}
+    classes["scratch"] = scratch_nbytes(
+        program, schedule.workload, {name: one for name, one in cut.items() if one is not None and not one.exact}, threads
+    )
+    rows = schedule.job.q_partition.count(rank), schedule.job.kv_partition.count(rank)
     if feed_forward is not None:
-        rows = schedule.job.q_partition.count(rank)
-        classes["activations"] = feed_forward.nbytes(schedule.workload, rows)
+        classes["activations"] = feed_forward.nbytes(schedule.workload, rows[0])
+    if layers is not None:
+        classes["saved"] = layers.nbytes(schedule.workload, rows, feed_forward)
     return Footprint(method=schedule.strategy, rank=rank, classes=_sorted(classes), buffers=dict(buffers))
 
 
@@ -128,7 +188,7 @@ def _regions(program: Iterable[Op]) -> tuple[Counter[str], Counter[str]]:
         if isinstance(op, Recv):
             received.add((op.region.buffer, op.region.slot))
         elif isinstance(op, Compute):
-            if op.kernel == "reset":
+            if op.kernel in STARTS:
                 made |= {(region.buffer, region.slot) for region in op.writes}
             written |= {(region.buffer, region.slot) for region in op.writes}
             read |= {(region.buffer, region.slot) for region in op.reads}
@@ -143,51 +203,32 @@ def _regions(program: Iterable[Op]) -> tuple[Counter[str], Counter[str]]:
     return classes, buffers
 
 
-def _scratch(program: Iterable[Op], workload: Workload, blocking: Blocking, threads: int) -> int:
-    """The NumPy backend's: micro-tiles, half-precision heads widened, and the largest of what comes and goes within an op."""
-    dtype = accumulator(workload.dtype)
-    own = blocking.scratch(max(workload.head_dim, workload.v_head_dim))
-    fixed = sum(size * (ITEMSIZE[dtype] if not kind else {"bool": 1, "int32": 4}[kind]) for size, kind in own.values())
-    widened, passing, tiles = 0, 0, 0
-    for op in program:
-        if isinstance(op, Compute) and op.kernel == "finish":
-            # the divisor and where it is 0; the copy of lse that the caller gets
-            passing = max(passing, prod(op.reads[-1].shape) * (ITEMSIZE[dtype] + 1))
-        if isinstance(op, Compute) and op.kernel == "merge":
-            # per head: the new maximum, two factors, and one partial output scaled
-            passing = max(passing, op.reads[0].shape[2] * (op.reads[0].shape[3] + 5) * ITEMSIZE[dtype])
-        for tile in op.tiles if isinstance(op, Compute) else ():
-            tiles += 1
-            widened = max(widened, tile.k.count * (workload.head_dim + workload.v_head_dim) * ITEMSIZE[dtype])
-            passing = max(passing, tile.k.count * ITEMSIZE[dtype], 48 * tile.q.count if tile.masked else 0)
-    # several threads widen each head anew: at most, each is at one of its own while the next is made
-    heads = 0 if dtype == workload.dtype else 1 if threads == 1 else min(threads + 1, workload.batch * workload.kv_heads)
-    return fixed * threads * bool(tiles) + passing + widened * heads
-
-
 def _sorted(classes: Counter[str]) -> dict[str, int]:
     return {name: classes[name] for name in sorted(classes, key=CLASSES.index) if classes[name]}
 
 
-def weigh_dense(workload: Workload, *, feed_forward: FeedForward | None = None) -> Footprint:
+def weigh_dense(workload: Workload, *, feed_forward: FeedForward | None = None, layers: Layers | None = None) -> Footprint:
     """One device that holds all scores at once, in the workload's dtype: 2 b n s^2 bytes in bfloat16 (arXiv 2310.01889, table 1).
 
-    A softmax in place; feed-forward of all rows at once.
+    A softmax in place; backward the weights are kept, with their gradients beside them, twice as much. Feed-forward of all rows
+    at once. Layers keep their weights as well, unless they recompute.
     """
     classes, buffers = _regions(Schedule(workload=workload, world_size=1).program(0, whole=True))
-    for name in ("acc", "max", "sum"):
+    for name in ("acc", "max", "sum", "delta", "dq_sum", "dk_sum", "dv_sum"):
         classes[NAMED[name]] -= buffers.pop(name, 0)
-    classes["scores"] = workload.batch * workload.heads * workload.q_len * workload.kv_len * ITEMSIZE[workload.dtype]
-    buffers["scores"] = classes["scores"]
-    if feed_forward is not None:
-        classes["activations"] = replace(feed_forward, block=None).nbytes(workload, workload.q_len)
+    scores = workload.batch * workload.heads * workload.q_len * workload.kv_len * ITEMSIZE[workload.dtype]
+    classes["scores"] = buffers["scores"] = scores * (1 if workload.pass_ == "forward" else 2)
+    all_rows = None if feed_forward is None else replace(feed_forward, block=None)
+    if all_rows is not None:
+        classes["activations"] = all_rows.nbytes(workload, workload.q_len)
+    if layers is not None:
+        kept = layers.nbytes(workload, (workload.q_len, workload.kv_len), all_rows)
+        classes["saved"] = kept + (0 if layers.recompute else (layers.count - 1) * scores)
     return Footprint(method="dense", rank=None, classes=_sorted(classes), buffers=dict(buffers))
 
 
-def weigh_blockwise(
-    workload: Workload, *, window: int | None = None, blocking: Blocking | None = None, feed_forward: FeedForward | None = None
-) -> Footprint:
-    """One device, block by block with a running softmax (arXiv 2112.05682): the schedule of a world of one.
+def weigh_blockwise(workload: Workload, *, window: int | None = None, **options: Any) -> Footprint:
+    """One device, block by block with a running softmax (arXiv 2112.05682): the schedule of a world of one; options of `weigh`.
 
     With a `window` only the last that many keys and values are held: another function than attention over all of them.
     """
@@ -195,5 +236,5 @@ def weigh_blockwise(
         if window < 1:
             raise WorkloadError(f"window is {window}; it must be 1 or more")
         workload = replace(workload, kv_len=min(window, workload.kv_len), lengths=None)
-    alone = weigh(Schedule(workload=workload, world_size=1), 0, blocking=blocking, feed_forward=feed_forward)
+    alone = weigh(Schedule(workload=workload, world_size=1), 0, **options)
     return replace(alone, method="blockwise" if window is None else "window", rank=None)

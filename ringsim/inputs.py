@@ -12,13 +12,13 @@ from .tile import IntArray
 from .workload import Workload
 
 CHUNK = 1024
-NAMES = ("q", "k", "v")
+NAMES = ("q", "k", "v", "dout")
 
 
 def rows(workload: Workload, name: str, positions: IntArray, seed: int) -> npt.NDArray[Any]:
-    """Tokens `positions` of global array `name` (q, k or v): (batch, len(positions), heads, width), of the workload's dtype."""
-    heads = workload.heads if name == "q" else workload.kv_heads
-    width = workload.v_head_dim if name == "v" else workload.head_dim
+    """Tokens `positions` of global array `name` (q, k, v or dout): (batch, len(positions), heads, width), of its dtype."""
+    heads = workload.kv_heads if name in "kv" else workload.heads
+    width = workload.head_dim if name in "qk" else workload.v_head_dim
     result = np.empty((workload.batch, len(positions), heads, width), numpy_dtype(workload.dtype))
     for chunk in np.unique(positions // CHUNK):
         wanted = positions // CHUNK == chunk

@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .capacity import Demand, blocking_of, demands, longest_alone, longest_ring, one_length, tightest
-from .footprint import CLASSES, FeedForward, Footprint, weigh_blockwise, weigh_dense
+from .capacity import Demand, demands, longest_alone, longest_ring, lowering_of, one_length, tightest
+from .footprint import CLASSES, FeedForward, Footprint, Layers, weigh_blockwise, weigh_dense
 from .report import workload_line
 from .schedule import Schedule
 from .topology import Topology
 from .units import format_size
 from .workload import MOST, Workload
 
-ALONE = "one layer's attention forward: no weights, no other layers"
+WORDS: Final = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
+
+
+def scope(schedule: Schedule, layers: Layers | None = None) -> str:
+    """What the bytes are of."""
+    what = f"one layer's attention {WORDS[schedule.workload.pass_]}: no weights, "
+    if layers is None or layers.count == 1:
+        return what + "no other layers"
+    return f"{what}of {layers.count - 1} other layers what they {'recompute from' if layers.recompute else 'keep'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +46,7 @@ class Account:
     longest: dict[str, int | None]
     window: int | None
     feed_forward: FeedForward | None
+    layers: Layers | None
     priced: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,6 +59,7 @@ class Account:
             "longest_context_tokens": self.longest,
             "window": self.window,
             "feed_forward": None if self.feed_forward is None else asdict(self.feed_forward),
+            "layers": None if self.layers is None else asdict(self.layers),
             "scratch_known": self.priced,
         }
 
@@ -60,18 +70,21 @@ def account(
     *,
     window: int | None = None,
     feed_forward: FeedForward | None = None,
+    layers: Layers | None = None,
     reserve_nbytes: float = 0.0,
 ) -> Account:
     """Weigh `schedule` on `topology`: its fullest rank, against blockwise, sliding-window and dense attention on one device.
 
     Raises TopologyError if the machine has no room for the ranks, WorkloadError.
     """
-    demand = tightest(demands(schedule, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes))
-    work, blocking = schedule.workload, blocking_of(topology, schedule.workload, demand.kind)
+    around: dict[str, Any] = {"feed_forward": feed_forward, "layers": layers}
+    demand = tightest(demands(schedule, topology, **around, reserve_nbytes=reserve_nbytes))
+    work = schedule.workload
+    lowering: dict[str, Any] = {**lowering_of(topology, work, demand.kind)}
     alone: dict[str, Callable[[Workload], Footprint]] = {
-        "blockwise": partial(weigh_blockwise, blocking=blocking, feed_forward=feed_forward),
-        "window": partial(weigh_blockwise, window=window, blocking=blocking, feed_forward=feed_forward),
-        "dense": partial(weigh_dense, feed_forward=feed_forward),
+        "blockwise": partial(weigh_blockwise, **lowering, **around),
+        "window": partial(weigh_blockwise, window=window, **lowering, **around),
+        "dense": partial(weigh_dense, **around),
     }
     if window is None:
         del alone["window"]
@@ -79,7 +92,7 @@ def account(
     if ring.method in alone:
         ring = replace(ring, method=f"{ring.method}, block by block")
     room = None if one_length(schedule) else demand.room_nbytes
-    most = longest_ring(schedule, topology, feed_forward=feed_forward, reserve_nbytes=reserve_nbytes)
+    most = longest_ring(schedule, topology, **around, reserve_nbytes=reserve_nbytes)
     lengths = {name: None if room is None else longest_alone(made, work, room) for name, made in alone.items()}
     footprints = (ring, *(replace(made(work), method=name) for name, made in alone.items()))
     return Account(
@@ -90,7 +103,8 @@ def account(
         longest={ring.method: most} | lengths,
         window=window,
         feed_forward=feed_forward,
-        priced=blocking is not None or topology.spec.devices[demand.kind].kind == "gpu",
+        layers=layers,
+        priced=bool(lowering) or topology.spec.devices[demand.kind].kind == "gpu",
     )
 
 
@@ -119,15 +133,16 @@ def _fits(demand: Demand, nbytes: float) -> str:
     return "NO" if nbytes > room else f"yes, {nbytes / room:.0%}" if room else "yes"
 
 
-def sentence(demand: Demand, longest: int | None = None) -> str:
+def sentence(schedule: Schedule, demand: Demand, longest: int | None = None) -> str:
     """Whether a workload fits, in a line."""
+    of = scope(schedule)
     who = f"{len(demand.ranks)} ranks on it need" if len(demand.ranks) > 1 else "its rank needs"
     if demand.memory_nbytes is None:
         return f"memory: {who} {format_size(demand.nbytes)} of {demand.device}; the machine has no `memory` for {demand.kind}"
     held = f"{format_size(demand.nbytes)} of {demand.device}'s {_has(demand)}"
     if demand.fits:
-        return f"memory: {who} {held}, {demand.nbytes / demand.memory_nbytes:.1%} ({ALONE})"
-    return f"DOES NOT FIT: {who} {held}; the longest context that fits: {tokens(longest)} ({ALONE})"
+        return f"memory: {who} {held}, {demand.nbytes / demand.memory_nbytes:.1%} ({of})"
+    return f"DOES NOT FIT: {who} {held}; the longest context that fits: {tokens(longest)} ({of})"
 
 
 def table(found: Account) -> RenderableType:
@@ -152,7 +167,7 @@ def table(found: Account) -> RenderableType:
     grid.add_row("fits", *(_fits(demand, nbytes) for nbytes in needs))
     grid.add_row("longest context", *(tokens(found.longest[footprint.method]) for footprint in found.footprints))
     head = f"memory on {found.machine}, tightest device {demand.device}: {_has(demand)}\n{workload_line(found.schedule)}\n"
-    notes = [f"\n{ALONE}"]
+    notes = [f"\n{scope(found.schedule, found.layers)}"]
     if not found.priced:
         notes.append(f"scratch is unknown: {demand.kind} has no attention figures for this dtype and head_dim")
     return Group(Text(head), grid, Text("\n".join(notes)))
@@ -168,4 +183,8 @@ def summary(accounts: Sequence[Account]) -> RenderableType:
         demand = found.demand
         facts = (str(found.schedule.world_size), _has(demand), format_size(demand.nbytes), _fits(demand, demand.nbytes))
         grid.add_row(found.machine, *facts, *(tokens(found.longest[method]) for method in methods))
-    return Group(Text(f"{workload_line(accounts[0].schedule, ranks=False)}\n"), grid, Text(f"\n{ALONE}"))
+    return Group(
+        Text(f"{workload_line(accounts[0].schedule, ranks=False)}\n"),
+        grid,
+        Text(f"\n{scope(accounts[0].schedule, accounts[0].layers)}"),
+    )

@@ -32,13 +32,15 @@ def workload_line(schedule: Schedule, *, ranks: bool = True) -> str:
     heads = f"{work.heads} heads" if work.heads == work.kv_heads else f"{work.heads}/{work.kv_heads} heads"
     shape = f"batch {work.batch}, {lengths}, {heads}, head_dim {work.head_dim}, {work.dtype}, {shortened(work.mask.name)}"
     world = f", {schedule.world_size} ranks" if ranks else ""
-    return f"{schedule.strategy}, {shortened(schedule.partition)}, sync {schedule.sync}{world}: {shape}"
+    pass_ = "" if work.pass_ == "forward" else ", forward and backward" if work.pass_ == "both" else ", backward"
+    return f"{schedule.strategy}, {shortened(schedule.partition)}, sync {schedule.sync}{pass_}{world}: {shape}"
 
 
 def useful_flops(schedule: Schedule) -> int:
-    """FLOPs of the visible pairs over all ranks: as many as one rank has alone."""
-    job = Schedule(workload=schedule.workload, world_size=1).job
-    return job.flops(job.tiles(job.q_block(0), job.kv_block(0)))
+    """FLOPs of the visible pairs over all ranks, in all passes: as many as one rank has alone."""
+    job, pass_ = Schedule(workload=schedule.workload, world_size=1).job, schedule.workload.pass_
+    tiles = job.tiles(job.q_block(0), job.kv_block(0))
+    return sum(job.flops(tiles, backward=name == "backward") for name in ("forward", "backward") if pass_ in (name, "both"))
 
 
 def sent_nbytes(schedule: Schedule) -> int:
@@ -81,6 +83,8 @@ def prediction(schedule: Schedule, timeline: Timeline, exposed_wall_s: float) ->
     if timeline.facts["busiest"]:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in timeline.facts["busiest"].items())
         tail.append(f"busiest wires, of what they could carry in that time: {shares}")
+    if timeline.facts.get("backward"):
+        tail.append(f"backward pass: {timeline.facts['backward']}")
     if timeline.facts.get("bounded"):
         tail.append(
             f"of the computation {timeline.facts['bounded']:.1%} is an upper bound: tiles smaller than the machine's smallest "

@@ -33,6 +33,7 @@ class WorkloadFile(pydantic.BaseModel):
     softmax_scale: float | None = None
     partition: str | None = None
     strategy: str | None = None
+    pass_: str | None = pydantic.Field(default=None, alias="pass")
     sync: str | None = None
 
 

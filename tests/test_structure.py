@@ -20,7 +20,7 @@ FLOORS = [
     {"trace", "comparison", "checking", "attention", "sharding", "drawing", "breakeven", "hops"},
     {"agreement", "communicators", "calibration", "kernel_times", "simulation", "execution", "importing"},
     {"capacity", "shares"},
-    {"backends", "costs", "footprint"},
+    {"backends", "costs", "footprint", "scratch"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},
     {"schedule", "topologies", "yaml_source"},
     {"lowering", "timeline"},

@@ -12,14 +12,15 @@ import click
 import numpy as np
 
 from .. import __version__, agreement, checking, files, inputs, report, topology, units
-from ..attention import RingAttention
+from ..attention import RingAttention, Saved
 from ..calibration import Kernel, to_yaml
 from ..calibration import calibrate as calibrate_machine
 from ..comparison import compare as compare_timelines
-from ..dtypes import ALIASES, ATTENTION, canonical
+from ..dtypes import ALIASES, ATTENTION, canonical, numpy_dtype
 from ..lowering import Blocking
 from ..mask import Full
 from ..schedule import Schedule
+from ..schedule.job import TAKEN
 from ..simulation import simulate
 from ..timeline import Timeline
 from ..transport import Transport
@@ -48,12 +49,17 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Repeated runs of one schedule, the check of the last output if one was asked for, and the memory that they took."""
+    """Repeated runs of one schedule, the checks of what the last made if asked for, and the memory that they took."""
 
     schedule: Schedule
     runs: tuple[Timeline, ...]
-    check: checking.Check | None
+    checks: tuple[checking.Check, ...]
     memory: Memory
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check did, if there were any."""
+        return all(found.passed for found in self.checks)
 
 
 def measure(
@@ -69,34 +75,32 @@ def measure(
         few = replace(work, q_len=min(work.q_len, 8), kv_len=min(work.kv_len, 8), mask=mask)
         small = replace(job, workload=few, partition="contiguous", strategy="ring")
         attention, arrays = prepare(transport, small, seed=seed, timeout=timeout, threads=threads)
-        attention(*arrays[:3], out=arrays[3])
+        run_pass(attention, arrays)
         tracemalloc.start()
-    attention, (q, k, v, out) = prepare(transport, job, seed=seed, timeout=timeout, threads=threads)
+    attention, arrays = prepare(transport, job, seed=seed, timeout=timeout, threads=threads)
     schedule = attention.schedule
     tracemalloc.reset_peak()
     runs, peaks = [], []
     with progress("running", warmup + repeats + check) as advance:
         for index in range(warmup + repeats):
             transport.barrier()
-            attention(q, k, v, out=out)
+            run_pass(attention, arrays)
             peaks += _peak()
             timeline = attention.timeline()
             if index >= warmup:
                 runs.append(timeline)
             advance("running" if index < warmup + repeats - 1 else "checking")
-        found = checking.check(transport, schedule, q, out, seed) if check else None
+        found = verdicts(transport, schedule, arrays, seed) if check else ()
     described = facts(transport, threads)
     sizes = transport.allgather((peaks[0] if peaks else None, attention.footprint.nbytes))
     memory = Memory(
         allocated_nbytes=max(size for size, _ in sizes) if peaks else None, predicted_nbytes=max(size for _, size in sizes)
     )
-    return Measurement(schedule=schedule, runs=tuple(with_facts(run, described) for run in runs), check=found, memory=memory)
+    return Measurement(schedule=schedule, runs=tuple(with_facts(run, described) for run in runs), checks=found, memory=memory)
 
 
-def prepare(
-    transport: Transport, job: Plan, *, seed: int, timeout: float, threads: int
-) -> tuple[RingAttention, tuple[Any, Any, Any, Any]]:
-    """A plan for `job`, and this rank's q, k, v and out."""
+def prepare(transport: Transport, job: Plan, *, seed: int, timeout: float, threads: int) -> tuple[RingAttention, dict[str, Any]]:
+    """A plan for `job`, and this rank's arrays by name: what the pass is given, and what it makes."""
     attention = RingAttention(
         job.workload,
         comm=transport,
@@ -107,10 +111,46 @@ def prepare(
         timeout_s=timeout,
         check=False,
     )
-    cut = attention.schedule.job
-    parts = {"q": cut.q_partition, "k": cut.kv_partition, "v": cut.kv_partition}
-    q, k, v = (inputs.rows(job.workload, name, part.positions(transport.rank), seed) for name, part in parts.items())
-    return attention, (q, k, v, np.empty(attention.shapes["out"], q.dtype))
+    rows, shapes, dtype = attention.positions, attention.shapes, numpy_dtype(job.workload.dtype)
+    given = [name for name in ("q", "k", "v", "dout") if name in shapes]
+    arrays: dict[str, Any] = {name: inputs.rows(job.workload, name, rows["kv" if name in "kv" else "q"], seed) for name in given}
+    if job.workload.pass_ == "backward":
+        # by a plan of its own, that its buffers do not count
+        before, _ = prepare(
+            transport, replace(job, workload=replace(job.workload, pass_="forward")), seed=seed, timeout=timeout, threads=threads
+        )
+        arrays["out"], arrays["lse"] = before.with_lse(arrays["q"], arrays["k"], arrays["v"])
+    return attention, arrays | {name: np.empty(shapes[name], dtype) for name in TAKEN[job.workload.pass_]}
+
+
+def run_pass(attention: RingAttention, arrays: dict[str, Any]) -> None:
+    """Run the workload's pass once, into the arrays that are there for it."""
+    names = {name: arrays[name] for name in TAKEN[attention.schedule.workload.pass_]}
+    if attention.schedule.workload.pass_ == "forward":
+        attention(arrays["q"], arrays["k"], arrays["v"], **names)
+    elif attention.schedule.workload.pass_ == "backward":
+        saved = Saved(*(arrays[name] for name in Saved._fields))
+        attention.backward(arrays["dout"], saved, **names)
+    else:
+        attention.both(arrays["q"], arrays["k"], arrays["v"], arrays["dout"], **names)
+
+
+def checked(done: Measurement) -> dict[str, Any] | None:
+    """For JSON: the check of out, or else of the gradients; with both, that of the gradients in it."""
+    if not done.checks:
+        return None
+    first, *others = (found.to_dict() for found in done.checks)
+    return first | ({"gradients": others[0]} if others else {})
+
+
+def verdicts(transport: Transport, schedule: Schedule, arrays: dict[str, Any], seed: int) -> tuple[checking.Check, ...]:
+    """The checks of what a pass made."""
+    found = []
+    if schedule.workload.pass_ != "backward":
+        found.append(checking.check(transport, schedule, arrays["q"], arrays["out"], seed))
+    if schedule.workload.pass_ != "forward":
+        found.append(checking.check_gradients(transport, schedule, (arrays["dq"], arrays["dk"], arrays["dv"]), seed))
+    return tuple(found)
 
 
 def _peak() -> list[int]:
@@ -179,16 +219,16 @@ def run(
     out = console()
     out.print(report.measurement(done.schedule, done.runs))
     out.print(done.memory.sentence())
-    if done.check is not None:
-        out.print(done.check.sentence())
+    for check_ in done.checks:
+        out.print(check_.sentence())
     record = {
         "schedule": done.schedule.inputs(),
-        "check": None if done.check is None else done.check.to_dict(),
+        "check": checked(done),
         "memory": asdict(done.memory),
         "measured": [timeline.to_dict() for timeline in done.runs],
     }
     on_leader(transport, lambda: write_outputs(json_path, trace_path, record, {"measured": done.runs[-1]}))
-    return 0 if done.check is None or done.check.passed else 1
+    return 0 if done.passed else 1
 
 
 @click.command()
@@ -287,11 +327,11 @@ def compare(
         out.print(f"note: the runs differ by up to {spread:.0%}: this machine is busy with other work; repeat on a quiet one")
     if len(on.slots) != transport.world_size:
         out.print(f"note: {on.name} has {len(on.slots)} ranks at work; this run has {transport.world_size}")
-    if done.check is not None:
-        out.print(done.check.sentence())
+    for check_ in done.checks:
+        out.print(check_.sentence())
     record = {"schedule": done.schedule.inputs()} | result.to_dict()
-    record["check"] = None if done.check is None else done.check.to_dict()
+    record["check"] = checked(done)
     record["memory"] = asdict(done.memory)
     timelines = {f"predicted on {on.name}": predicted, "measured": done.runs[-1]}
     on_leader(transport, lambda: write_outputs(json_path, trace_path, record, timelines))
-    return 0 if done.check is None or done.check.passed else 1
+    return 0 if done.passed else 1

@@ -20,7 +20,7 @@ from ..schedule import Schedule
 from ..schedule.schedule import SYNCS
 from ..shares import even_out
 from ..topology.spec import ORDERS
-from ..workload import Workload
+from ..workload import PASSES, Workload
 
 Command = Callable[..., Any]
 BY_MACHINE: Final = {f"{kind}(machine)": kind for kind in WEIGHTED}
@@ -78,6 +78,14 @@ STRATEGY = click.option(
     show_default=True,
     help="What travels, such as ring, q-ring or 'double-ring(8)'; `ringsim strategies` lists them.",
 )
+PASS = click.option(
+    "--pass",
+    "pass_",
+    type=click.Choice(PASSES),
+    default="forward",
+    show_default=True,
+    help="Which pass; both: the backward one follows at once.",
+)
 WORKLOAD = (
     click.option(
         "--workload", "workload_path", type=click.Path(path_type=Path), metavar="FILE", help="YAML with these options as keys."
@@ -90,6 +98,7 @@ WORKLOAD = (
     click.option("--softmax-scale", type=float, help="Factor of the scores. [default: head_dim ** -0.5]"),
     PARTITION,
     STRATEGY,
+    PASS,
     click.option("--sync", type=click.Choice(SYNCS), default="free", show_default=True, help="step: a barrier between rounds."),
 )
 RUNS = (
@@ -177,8 +186,8 @@ class Plan:
 
 
 def shape(values: dict[str, Any]) -> dict[str, Any]:
-    """What SHAPE and MASK say of a workload."""
-    known = {name: values[name] for name in ("batch", "heads", "kv_heads", "head_dim", "v_head_dim", "dtype")}
+    """What SHAPE, MASK and PASS say of a workload."""
+    known = {name: values[name] for name in ("batch", "heads", "kv_heads", "head_dim", "v_head_dim", "dtype", "pass_")}
     masks = [mask_named(text) for text in ("causal" if values["causal"] else "full", values["mask"]) if text is not None]
     return known | {"mask": both(*masks)}
 

@@ -10,7 +10,7 @@ import click
 from .. import ledger, report
 from ..breakeven import find_breakeven
 from ..capacity import demands, longest_ring, tightest
-from ..footprint import FeedForward
+from ..footprint import FeedForward, Layers
 from ..schedule import STRATEGIES, Schedule
 from ..schedule.grid import LEGEND, grid
 from ..simulation import simulate as simulate_schedule
@@ -44,7 +44,7 @@ def simulate(
     most = longest_ring(schedule, on) if demand.fits is False else None
     out = console()
     out.print(report.prediction(schedule, timeline, exposed_s))
-    out.print(ledger.sentence(demand, most), style="bold red" if demand.fits is False else None)
+    out.print(ledger.sentence(schedule, demand, most), style="bold red" if demand.fits is False else None)
     facts = {"schedule": schedule.inputs(), "predicted": timeline.to_dict() | {"exposed_wall_s": exposed_s}}
     facts["memory"] = demand.to_dict() | {"longest_context_tokens": most}
     write_outputs(json_path, trace_path, facts, {f"predicted on {on.name}": timeline})
@@ -56,6 +56,8 @@ def simulate(
 @click.option("--window", type=TOKENS, help="Also a sliding window of this many keys: another function, for comparison.")
 @click.option("--ffn-dim", type=click.IntRange(1), help="Also the feed-forward after attention, with this many hidden units.")
 @click.option("--ffn-block", type=TOKENS, help="Tokens that it computes at a time. [default: all of the rank's]")
+@click.option("--layers", type=click.IntRange(1), help="Also what so many layers keep for their backward pass: --pass both.")
+@click.option("--recompute/--keep", default=False, help="Layers keep their input alone, and run again. [default: keep]")
 @click.option("--reserve", type=SIZE, default="0 B", show_default=True, help="Of each device, held by weights and all else.")
 @with_options(MACHINE, WORKLOAD, OUTPUT[:1])
 @click.pass_context
@@ -67,6 +69,8 @@ def memory(
     window: int | None,
     ffn_dim: int | None,
     ffn_block: int | None,
+    layers: int | None,
+    recompute: bool,
     reserve: float,
     json_path: Path | None,
     **_: Any,
@@ -77,14 +81,20 @@ def memory(
         raise click.UsageError("there is nothing to weigh: --batch, --seq and --kv-seq must be 1 or more", ctx)
     if ffn_block is not None and ffn_dim is None:
         raise click.UsageError("--ffn-block needs --ffn-dim", ctx)
+    if layers is None and recompute:
+        raise click.UsageError("--recompute needs --layers", ctx)
+    if layers is not None and job.workload.pass_ == "forward":
+        raise click.UsageError("--layers is about what waits for the backward pass: add --pass both", ctx)
     check_outputs(json_path)
+    kept = None if layers is None else Layers(count=layers, recompute=recompute)
     feed_forward = None if ffn_dim is None else FeedForward(dim=ffn_dim, block=ffn_block)
     found = []
     with progress("weighing", len(names)) as advance:
         for name in names:
             on = machine(ctx, name)
             schedule = job.schedule(ranks or len(on.slots), on)
-            found.append(ledger.account(schedule, on, window=window, feed_forward=feed_forward, reserve_nbytes=reserve))
+            around: dict[str, Any] = {"feed_forward": feed_forward, "layers": kept}
+            found.append(ledger.account(schedule, on, window=window, **around, reserve_nbytes=reserve))
             advance(name)
     console().print(ledger.table(found[0]) if len(found) == 1 else ledger.summary(found))
     write_outputs(json_path, None, {"accounts": [one.to_dict() for one in found]}, {})
@@ -94,7 +104,7 @@ def memory(
 @click.argument("names", metavar="MACHINE...", nargs=-1, required=True)
 @RANKS
 @click.option("--multiple", type=TOKENS, default=1, show_default=True, help="Blocks are multiples of this many tokens.")
-@with_options(MACHINE, options.SHAPE, (*options.MASK, options.PARTITION, options.STRATEGY), OUTPUT[:1])
+@with_options(MACHINE, options.SHAPE, (*options.MASK, options.PARTITION, options.STRATEGY, options.PASS), OUTPUT[:1])
 @click.pass_context
 def breakeven(
     ctx: click.Context,

@@ -92,7 +92,8 @@ class _Trail:
     """One rank's end of a lane, with the sums of what travels there: those of its own block stay in a slot for themselves."""
 
     def __init__(self, job: Job, rank: int, lane: Lane, index: int, lanes: int) -> None:
-        travels, self._names = (Q_SIDE, Q_SUMS) if lane.queries else (KV_SIDE, KV_SUMS)
+        travels: tuple[str, ...] = Q_SIDE if lane.queries else KV_SIDE
+        self._names: tuple[str, ...] = Q_SUMS if lane.queries else KV_SUMS
         self.way = Way(job, rank, lane, index, lanes, travels)
         self._job = job
         self._rank = rank

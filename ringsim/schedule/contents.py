@@ -44,7 +44,8 @@ class Contents:
 
     def follow(self, rank: int, op: Compute) -> str | None:
         """Take an op, of the right form, into account; what is wrong with it, or None."""
-        kernel, found = op.kernel, iter(())
+        kernel = op.kernel
+        found: Iterable[str | None] = ()
         if kernel in {"reset", "clear"}:
             found = (self._make(region, 0) for region in op.writes[: 1 if kernel == "reset" else None])
         elif kernel in {"attend", "attend_backward"}:

@@ -19,6 +19,8 @@ def test_calibrate_compare_and_run_on_ranks_that_share_cores(tmp_path):
     machine = topology.load(tmp_path / "here.yaml")
     assert (len(machine.slots), machine.transport.progress) == (4, "polling")
     assert machine.spec.notes["library"] != "none"
+    (table,) = machine.spec.devices["host"].attention
+    assert table.backward.rate != table.rate and max(rate for _, rate in table.backward.full + table.backward.masked) == 1
     has = available_memory()
     assert machine.spec.devices["host"].memory == (None if has is None else has // 2**20 * 2**20)
     workload = ("--seq", "1K", "--head-dim", "32", "--causal", "--partition", "zigzag", "--repeats", "3", "--check")

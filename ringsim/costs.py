@@ -119,7 +119,7 @@ class Costs:
                 kind = self.name.rpartition(", ")[2]
                 raise TopologyError(
                     f"{self.name} has no `matmul` figure for {dtype}, by which the FLOPs of {op.kernel} are priced: give the "
-                    f"rate that large matrix products achieve there, such as --set devices.{kind}.matmul.{dtype}='250 TFLOP/s'"
+                    f"rate that large matrix products achieve there, --set devices.{kind}.matmul.{dtype}=RATE"
                 )
             seconds = max(seconds, op.flops / (device.matmul[dtype] * device.speed))
         return Cost(self._overhead_s + seconds, max(self.workload.batch * self.workload.heads, 1))

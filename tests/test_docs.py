@@ -78,7 +78,8 @@ def test_the_workload_page_names_every_option():
     page = (ROOT / "docs" / "workload.md").read_text()
     from ringsim.workload_file import WorkloadFile
 
-    assert [name for name in WorkloadFile.model_fields if f"`{name}`" not in page] == []
+    keys = [field.alias or name for name, field in WorkloadFile.model_fields.items()]
+    assert [key for key in keys if f"`{key}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -76,10 +76,8 @@ def limits_of(work, arrays, exact, out):
         return tuple(plain)
     unit = HALF_UNIT[work.dtype]
     dout, q, k, v = (np.asarray(array, np.float64) for array in arrays)
-    once = dense_backward(work, *arrays, dtype="float32")
-    fused = [
-        largest(one.astype(numpy_dtype(work.dtype)).astype(np.float64) - other) for one, other in zip(once, exact, strict=True)
-    ]
+    once = (one.astype(numpy_dtype(work.dtype)) for one in dense_backward(work, *arrays, dtype="float32"))
+    fused = [largest(one.astype(np.float64) - other) for one, other in zip(once, exact, strict=True)]
     delta = work.softmax_scale * unit * np.abs(dout * out).sum(axis=3, keepdims=True)
     as_wide = replace(work, v_head_dim=work.head_dim)
     moved = (

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 import ringsim
 from ringsim import inputs
+from ringsim.errors import WorkloadError
 from ringsim.execution import Rank
-from ringsim.footprint import FeedForward, weigh, weigh_blockwise, weigh_dense
+from ringsim.footprint import FeedForward, Layers, weigh, weigh_blockwise, weigh_dense
 from ringsim.lowering import Blocking
 from ringsim.schedule import Recv, Send
+from ringsim.schedule.job import GIVEN
 
 BLOCK = Blocking(q_rows=256, k_rows=256, edge_rows=128)
+BACKWARD_BLOCK = Blocking(q_rows=192, k_rows=320, edge_rows=64)
 LAYER = ["--heads", "32", "--kv-heads", "8", "--head-dim", "128", "--dtype", "bf16"]
 
 
@@ -140,22 +143,24 @@ def run_traced(work, ranks, partition, strategy="ring"):
     from ringsim.execution import drive_all
 
     schedule = ringsim.Schedule(workload=work, world_size=ranks, partition=partition, strategy=strategy)
-    made = {"q": schedule.job.q_partition, "k": schedule.job.kv_partition, "v": schedule.job.kv_partition}
-    predicted = sum(weigh(schedule, rank, blocking=BLOCK).nbytes for rank in range(ranks))
+    cut = {"blocking": BLOCK, "backward_blocking": BACKWARD_BLOCK}
+    predicted = sum(weigh(schedule, rank, **cut).nbytes for rank in range(ranks))
     # what is imported and cached on first use is no part of a run
     few = replace(work, q_len=8, kv_len=8, mask=ringsim.Causal())
-    small = [inputs.rows(few, name, np.arange(8), 0) for name in "qkv"]
-    ringsim.execute(ringsim.Schedule(workload=few, world_size=ranks, partition=partition, strategy=strategy), *small)
+    small = {name: inputs.rows(few, name, np.arange(8), 0) for name in GIVEN[work.pass_]}
+    ringsim.execute(ringsim.Schedule(workload=few, world_size=ranks, partition=partition, strategy=strategy), **small)
     gc.collect()
     tracemalloc.start()
     try:
         world = World(ranks)
         walkers, kept = [], []
         for rank in range(ranks):
-            one = Rank(schedule, world.endpoint(rank), NumpyBackend(blocking=BLOCK))
-            q, k, v = (inputs.rows(work, name, part.positions(rank), 0) for name, part in made.items())
-            out = np.empty(one.shapes()["out"], q.dtype)
-            walkers.append(one.walker(q, k, v, out))
+            one = Rank(schedule, world.endpoint(rank), NumpyBackend(**cut))
+            arrays = {name: np.empty(shape, one.dtype(name)) for name, shape in one.shapes().items()}
+            for name in GIVEN[work.pass_]:
+                split = schedule.job.kv_partition if name in "kv" else schedule.job.q_partition
+                arrays[name] = inputs.rows(work, name, split.positions(rank), 0)
+            walkers.append(one.walker(*arrays.values()))
             kept.append(one)
         tracemalloc.reset_peak()
         drive_all(walkers)
@@ -175,6 +180,61 @@ def test_a_real_run_allocates_what_the_model_says(dtype, causal, partition):
     work = ringsim.Workload(q_len=6000, heads=8, kv_heads=4, head_dim=64, dtype=dtype, mask=mask)
     peak, predicted = run_traced(work, 3, partition)
     assert peak == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "burst", "double-ring(3)", "halo"])
+@pytest.mark.parametrize(("dtype", "mask"), [("float32", "causal"), ("bfloat16", "full")])
+def test_a_run_with_its_backward_pass_allocates_what_the_model_says(strategy, dtype, mask):
+    work = ringsim.Workload(
+        q_len=6000, heads=8, kv_heads=4, head_dim=64, dtype=dtype, mask=ringsim.mask_named(mask), pass_="both"
+    )
+    peak, predicted = run_traced(work, 3, "zigzag", strategy)
+    assert peak == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize("pass_", ["backward", "both"])
+def test_gradients_by_class(pass_):
+    """32/8 heads of 128 in bfloat16: the bytes of each class, counted by hand, of the middle one of 3 ranks."""
+    rows, wide, narrow = 1000, 32 * 128, 8 * 128
+    work = ringsim.Workload(q_len=3 * rows, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", pass_=pass_)
+    found = weigh(ringsim.Schedule(workload=work, world_size=3), 1).classes
+    assert found["gradients"] == 2 * rows * (2 * wide + 2 * narrow)
+    # dq; dk and dv: its own, its part of another's, and two of others on their way, one of which is cleared here
+    assert found["gradient sums"] == 4 * rows * (wide + 3 * 2 * narrow)
+    assert found["in flight"] == 2 * rows * 2 * 2 * narrow + 4 * rows * 2 * 2 * narrow
+    assert found["statistics"] == (2 if pass_ == "backward" else 4) * 4 * rows * 32
+
+
+def test_layers_keep_what_they_need_or_their_input():
+    rows, width, hidden = 1024, 32 * 128, 4 * 32 * 128
+    work = ringsim.Workload(q_len=8 * rows, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", pass_="both")
+    schedule = ringsim.Schedule(workload=work, world_size=8)
+
+    def saved(feed_forward=None, **options):
+        return weigh(schedule, 0, feed_forward=feed_forward, layers=Layers(**options)).classes.get("saved", 0)
+
+    keys_and_values = 2 * 8 * 128
+    one = 2 * rows * (width + 2 * width + keys_and_values) + 4 * rows * 32
+    assert saved(count=1) == 0
+    assert saved(count=33) == 32 * one
+    assert saved(count=33, recompute=True) == 32 * 2 * rows * width
+    assert saved(FeedForward(dim=hidden), count=2) == one + 2 * rows * (width + hidden)
+    assert saved(FeedForward(dim=hidden, block=64), count=2) == one + 2 * rows * width
+    whole = weigh(schedule, 0, layers=Layers(count=33))
+    assert whole.nbytes == 32 * one + weigh(schedule, 0).nbytes
+    with pytest.raises(WorkloadError, match="there are 0 layers"):
+        Layers(count=0)
+
+
+def test_dense_keeps_its_weights_and_their_gradients():
+    work = ringsim.Workload(q_len=512, heads=4, head_dim=64, dtype="bfloat16", pass_="both")
+    scores = 4 * 512 * 512 * 2
+    kept = weigh_dense(work, layers=Layers(count=3)).classes
+    assert kept["scores"] == 2 * scores
+    recomputed = weigh_dense(work, layers=Layers(count=3, recompute=True)).classes
+    assert recomputed["saved"] == 2 * 512 * 4 * 64 * 2
+    statistics = 2 * 512 * 4 * 4
+    assert kept["saved"] == 2 * scores + 2 * 5 * 512 * 4 * 64 * 2 + statistics
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from .mpi_launch import OPEN_MPI, mpiexec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ON_ONE_PROCESS = ("averaging_is_not_merging", "before_you_buy", "six_tokens", "what_if")
+ON_ONE_PROCESS = ("averaging_is_not_merging", "before_you_buy", "blockwise_layer", "blockwise_schedule", "six_tokens", "what_if")
 UNDER_MPI = {"library": 2, "ring_sizes": 4}
 TIMEOUT_S = 120
 

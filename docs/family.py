@@ -1,6 +1,6 @@
-"""Write the tables of docs/strategies.md by simulation: `python docs/family.py`, some minutes on two cores.
+"""Write the tables of docs/strategies.md and docs/backward.md by simulation: `python docs/family.py`, some minutes on two cores.
 
-A test holds the page to those cells that take no time.
+A test holds the pages to those cells that take no time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ringsim import topology
 from ringsim.capacity import demands, tightest
 from ringsim.units import format_size, format_time
 
-PAGE = Path(__file__).parent / "strategies.md"
+HERE = Path(__file__).parent
 LENGTHS = {"64K": 2**16, "1M": 2**20, "4M": 2**22}
 ZIGZAG = ("ring", "bidirectional", "double-ring(8)", "q-ring", "token-ring", "pass-q")
 NONE = "-"
@@ -31,6 +31,8 @@ class Case(NamedTuple):
     strategy: str
     partition: str
     tokens: int
+    kv_heads: int = 8
+    pass_: str = "forward"
 
 
 def on(machine: str, gpus: int) -> topology.Topology:
@@ -40,8 +42,16 @@ def on(machine: str, gpus: int) -> topology.Topology:
 
 
 def schedule(case: Case) -> ringsim.Schedule:
-    """Causal, 32 query and 8 key/value heads of 128, bfloat16."""
-    work = ringsim.Workload(q_len=case.tokens, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", mask=ringsim.Causal())
+    """Causal, 32 query and, but where a table says otherwise, 8 key/value heads of 128, bfloat16."""
+    work = ringsim.Workload(
+        q_len=case.tokens,
+        heads=32,
+        kv_heads=case.kv_heads,
+        head_dim=128,
+        dtype="bfloat16",
+        mask=ringsim.Causal(),
+        pass_=case.pass_,
+    )
     return ringsim.Schedule(workload=work, world_size=case.gpus, partition=case.partition, strategy=case.strategy)
 
 
@@ -81,6 +91,17 @@ def meshes(machine: str, gpus: int, strategies: Iterable[str]) -> list[tuple[str
     ]
 
 
+def back(kv_heads: int) -> list[tuple[str, list[Case]]]:
+    """The rows of a table of backward passes on four nodes."""
+    return [
+        (
+            f"`{strategy}`",
+            [Case("dgx-h100-cluster", 32, strategy, "zigzag", tokens, kv_heads, "backward") for tokens in LENGTHS.values()],
+        )
+        for strategy in ("ring", "burst", "bidirectional", "double-ring(8)")
+    ]
+
+
 TABLES = {
     "8 GPUs": cluster(8),
     "64 GPUs": cluster(64),
@@ -89,6 +110,10 @@ TABLES = {
     "mi300x": meshes("mi300x", 8, ("ring", "bidirectional", "multi-ring(2)", "multi-ring(4)", "token-ring")),
     "alps-gh200": meshes("alps-gh200", 4, ("ring", "bidirectional", "multi-ring(2)", "token-ring")),
 }
+
+
+BACKWARD = {"32/32 heads": back(32), "32/8 heads": back(8)}
+PAGES = {"strategies.md": TABLES, "backward.md": BACKWARD}
 
 
 def table(rows: list[tuple[str, list[Case]]], cells: dict[Case, str]) -> str:
@@ -102,11 +127,6 @@ def slow_first(cases: Iterable[Case]) -> list[Case]:
     return sorted(cases, key=lambda case: (-case.gpus, case))
 
 
-def every_case() -> list[Case]:
-    """All that the tables show."""
-    return slow_first({case for rows in TABLES.values() for _, of_row in rows for case in of_row})
-
-
 def simulated(cases: list[Case]) -> dict[Case, str]:
     """Each cell, two at a time."""
     cells: dict[Case, str] = {}
@@ -117,17 +137,21 @@ def simulated(cases: list[Case]) -> dict[Case, str]:
     return cells
 
 
-def write(cells: dict[Case, str]) -> None:
-    """Put the tables into the page."""
-    text = PAGE.read_text()
-    for name, rows in TABLES.items():
+def write(page: Path, tables: dict[str, list[tuple[str, list[Case]]]], cells: dict[Case, str]) -> None:
+    """Put the tables into their page."""
+    text = page.read_text()
+    for name, rows in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n)(?:.|\n)*?(\n<!-- end -->)")
         if len(pattern.findall(text)) != 1:
-            raise SystemExit(f"{PAGE.name}: expected one '<!-- {name} -->' with its '<!-- end -->'")
+            raise SystemExit(f"{page.name}: expected one '<!-- {name} -->' with its '<!-- end -->'")
         made = table(rows, cells)
         text = pattern.sub(lambda match, made=made: f"{match[1]}{made}{match[2]}", text)  # type: ignore[misc]
-    PAGE.write_text(text)
+    page.write_text(text)
 
 
 if __name__ == "__main__":
-    write(simulated(every_case()))
+    wanted = [name for name in PAGES if name in sys.argv[1:]] or list(PAGES)
+    shown = [rows for name in wanted for rows in PAGES[name].values()]
+    made = simulated(slow_first({case for rows in shown for _, of_row in rows for case in of_row}))
+    for name in wanted:
+        write(HERE / name, PAGES[name], made)

@@ -103,11 +103,8 @@ class NumpyBackend:
         state = tuple(fetch(region) for region in op.writes)
         for tile in op.tiles:
             kernel = AttendTile(tile, self.blocking(op.writes[0].dtype), q, state, scale, edges_of(tile))
-
-            def run(thread: int, poll: Poll, item: numpy_attend.Item, kernel: AttendTile = kernel) -> None:
-                kernel(self._scratch_of(kernel, thread), poll, item)
-
-            share(self._items(kernel, k, v), self.threads, run, poll)
+            scratch = [self._scratch_of(kernel, thread) for thread in range(self.threads)]
+            share(self._items(kernel, k, v), scratch, kernel, poll)
 
     def _items(self, kernel: AttendTile, k: Array, v: Array) -> Iterator[numpy_attend.Item]:
         """Work items, key/value head by head so that its conversion and its norms are made once."""
@@ -156,11 +153,8 @@ class NumpyBackend:
         for tile in op.tiles:
             blocking = self.backward_blocking(op.writes[0].dtype)
             kernel = BackwardTile(tile, blocking, operands, sums, scale, edges_of(tile), tuple(blocking.blocks(tile)))
-
-            def run(thread: int, poll: Poll, item: numpy_backward.Item, kernel: BackwardTile = kernel) -> None:
-                kernel(self._backward_scratch_of(kernel, thread), poll, item)
-
-            share(kernel.items(), self.threads, run, poll)
+            scratch = [self._backward_scratch_of(kernel, thread) for thread in range(self.threads)]
+            share(kernel.items(), scratch, kernel, poll)
 
     def _backward_scratch_of(self, kernel: BackwardTile, index: int) -> numpy_backward.Scratch:
         dtype, widths = kernel.sums[0].dtype, (kernel.operands.q.shape[3], kernel.operands.v.shape[3])

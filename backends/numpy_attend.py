@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ringsim.backends.numpy_micro import Array, Hidden, hidden_pairs, widen
+from ringsim.backends.numpy_micro import Array, Edges, Hidden, hidden_pairs, set_strip, widen
 from ringsim.backends.numpy_share import Poll
 from ringsim.lowering import Blocking, Panel
 from ringsim.tile import Tile
@@ -39,13 +39,14 @@ class Scratch:
     factor: Array
     ones: Array
     columns: npt.NDArray[np.int32]
+    stairs: Hidden
 
     @classmethod
     def make(cls, blocking: Blocking, width: int, dtype: np.dtype[Any]) -> Scratch:
         """For heads up to `width` wide."""
         made = cls(**{name: np.empty(size, kind or dtype) for name, (size, kind) in blocking.scratch(width).items()})
         made.ones.fill(1)
-        made.columns[:] = np.arange(blocking.k_rows)
+        set_strip(made)
         return made
 
 
@@ -95,7 +96,7 @@ class AttendTile:
     q: Array
     state: tuple[Array, ...]
     scale: float
-    edges: tuple[Array, ...]
+    edges: Edges | None
 
     def __call__(self, scratch: Scratch, poll: Poll, item: Item) -> None:
         """Fold the keys of one head into one block of query rows."""

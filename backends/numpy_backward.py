@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ringsim.backends.numpy_micro import Array, Hidden, hidden_pairs, widen
+from ringsim.backends.numpy_micro import Array, Edges, Hidden, hidden_pairs, set_strip, widen
 from ringsim.backends.numpy_share import Poll
 from ringsim.lowering import Blocking, Panel
 from ringsim.tile import Tile
@@ -34,6 +34,7 @@ class Scratch:
     product: Array
     blind: npt.NDArray[np.bool_]
     columns: npt.NDArray[np.int32]
+    stairs: Hidden
     keys: Array
     values: Array
 
@@ -42,10 +43,10 @@ class Scratch:
         """For heads of `widths` (head_dim, v_head_dim)."""
         buffers = {name: np.empty(size, kind or dtype) for name, (size, kind) in blocking.backward_scratch(*widths).items()}
         made = cls(**buffers, keys=np.empty(0, dtype), values=np.empty(0, dtype))
-        made.columns[:] = np.arange(blocking.k_rows)
+        set_strip(made)
         return made
 
-    def head(self, keys: Array, values: Array, dk: Array, dv: Array) -> _Head:
+    def head(self, keys: Array, values: Array, dk: Array, dv: Array, *, masked: bool) -> _Head:
         """A head's keys and values, (rows, width), in the dtype of computation and each with a column of ones; and its sums."""
         for name, source in (("keys", keys), ("values", values)):
             size = source.shape[0] * (source.shape[1] + 1)
@@ -56,7 +57,7 @@ class Scratch:
                 setattr(self, name, np.empty(size, dtype))
         keys, values = _with_column(keys, self.keys), _with_column(values, self.values)
         keys[:, -1] = values[:, -1] = 1
-        return _Head(keys, values, dk, dv, all_finite(keys) and all_finite(values))
+        return _Head(keys, values, dk, dv, not masked or (all_finite(keys) and all_finite(values)))
 
 
 class _Head(NamedTuple):
@@ -117,7 +118,7 @@ class BackwardTile:
     operands: Operands
     sums: tuple[Array, ...]
     scale: float
-    edges: tuple[Array, ...]
+    edges: Edges | None
     blocks: tuple[Block, ...]
 
     def items(self) -> Iterator[Item]:
@@ -138,7 +139,8 @@ class BackwardTile:
         (batch, kv_head), tile = item, self.tile
         keys = slice(tile.k.row, tile.k.row + tile.k.count)
         dk, dv = (array[keys, batch, kv_head] for array in self.sums[1:])
-        kv = scratch.head(self.operands.k[batch, keys, kv_head], self.operands.v[batch, keys, kv_head], dk, dv)
+        kv_arrays = self.operands.k[batch, keys, kv_head], self.operands.v[batch, keys, kv_head]
+        kv = scratch.head(*kv_arrays, dk, dv, masked=tile.masked)
         for head in range(max(tile.heads[0], kv_head * self.group), min(tile.heads[1], (kv_head + 1) * self.group)):
             for begin, end, panels in self.blocks:
                 where = slice(tile.q.row + begin, tile.q.row + end)

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 Poll = Callable[[], None]
+Scratch = TypeVar("Scratch")
 Item = TypeVar("Item")
-Run = Callable[[int, Poll, Item], None]
+Run = Callable[[Scratch, Poll, Item], None]
 
 POLL_S: Final = 5e-4
 """How often a rank that waits for its own kernel threads drives transfers."""
 
 
-def share(items: Iterator[Item], threads: int, run: Run[Item], poll: Poll) -> None:
-    """Call ``run(thread, poll, item)`` for each item: here, or on all threads with this one polling between its own.
+def share(items: Iterator[Item], scratch: Sequence[Scratch], run: Run[Scratch, Item], poll: Poll) -> None:
+    """Call ``run(scratch, poll, item)`` for each item, on a thread for each scratch: this one, which polls, and more.
 
     The first error in any thread ends them all and is raised here.
     """
-    if threads == 1:
+    if len(scratch) == 1:
         for item in items:
-            run(0, poll, item)
+            run(scratch[0], poll, item)
         return
     shared = _Shared(items, threading.Lock(), [])
-    workers = [threading.Thread(target=_work, args=(shared, run, index, no_poll)) for index in range(1, threads)]
+    workers = [threading.Thread(target=_work, args=(shared, run, one, no_poll)) for one in scratch[1:]]
     for worker in workers:
         worker.start()
-    _work(shared, run, 0, poll)
+    _work(shared, run, scratch[0], poll)
     for worker in workers:
         while worker.is_alive():
             worker.join(POLL_S)
@@ -51,12 +52,12 @@ class _Shared(NamedTuple, Generic[Item]):
             return next(self.items, None)
 
 
-def _work(shared: _Shared[Item], run: Run[Item], index: int, poll: Poll) -> None:
+def _work(shared: _Shared[Item], run: Run[Scratch, Item], scratch: Scratch, poll: Poll) -> None:
     """One thread's loop: take the next item until there is none or a thread has failed."""
     try:
         with np.errstate(all="ignore"):
             while not shared.failures and (item := shared.next()) is not None:
-                run(index, poll, item)
+                run(scratch, poll, item)
     except BaseException as error:  # noqa: BLE001 - raised again in the rank's own thread
         shared.failures.append(error)
 

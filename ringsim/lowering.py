@@ -107,6 +107,7 @@ class Blocking:
             "factor": (rows, ""),
             "ones": (keys, ""),
             "columns": (keys, "int32"),
+            "stairs": (2 * (self.edge_rows + keys), "bool"),
         }
 
     def backward_scratch(self, head_dim: int, v_head_dim: int) -> dict[str, tuple[int, str]]:
@@ -128,6 +129,7 @@ class Blocking:
             "product": (max(rows * head_dim, keys * max(head_dim, v_head_dim)), ""),
             "blind": (rows, "bool"),
             "columns": (keys, "int32"),
+            "stairs": (2 * (self.edge_rows + keys), "bool"),
         }
 
     def micro_tiles(self, tile: Tile) -> tuple[MicroTiles, ...]:

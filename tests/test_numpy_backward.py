@@ -9,12 +9,15 @@ import pytest
 
 from ringsim.backends.cpu import Cache
 from ringsim.backends.numpy import NumpyBackend, backward_blocking_for
+from ringsim.backends.numpy_backward import Scratch
+from ringsim.backends.numpy_micro import edges_of, hidden_pairs
 from ringsim.dtypes import accumulator, numpy_dtype
 from ringsim.execution import execute
 from ringsim.lowering import Blocking
 from ringsim.mask import Causal, Full
 from ringsim.reference import dense_attention, dense_backward
 from ringsim.schedule import Compute, Region, Schedule
+from ringsim.tile import Span, Tile
 from ringsim.workload import Workload
 
 
@@ -408,6 +411,30 @@ def test_an_error_in_any_thread_ends_the_kernel_and_comes_out(threads):
 def test_a_micro_tiles_two_buffers_fit_the_level_2_cache(level2_nbytes, dtype, sides):
     blocking = backward_blocking_for(Cache(level2_nbytes=level2_nbytes, source="test"), dtype)
     assert (blocking.q_rows, blocking.k_rows) == sides
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (3, 3), (1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize("band", [(0, None), (None, 5), (-4, 3), (2, 9), (None, None)])
+def test_hidden_pairs_are_those_outside_the_band(band, steps):
+    blocking = Blocking(q_rows=8, k_rows=5, edge_rows=4)
+    scratch = Scratch.make(blocking, (1, 1), np.dtype(np.float32))
+    for start in range(-12, 13, 2):
+        q, k = Span(row=0, count=19, start=start, step=steps[0]), Span(row=0, count=17, start=0, step=steps[1])
+        tile = Tile(batch=(0, 1), heads=(0, 1), q=q, k=k, lo=band[0], hi=band[1])
+        distance = q.positions()[:, None] - k.positions()
+        low, high = (default if edge is None else edge for edge, default in zip(band, (-np.inf, np.inf), strict=True))
+        outside = (distance < low) | (distance > high)
+        edges, covered = edges_of(tile), np.zeros(outside.shape, bool)
+        for _, _, panels in blocking.blocks(tile):
+            for panel in panels:
+                for begin in range(panel.k_begin, panel.k_end, blocking.k_rows):
+                    end = min(begin + blocking.k_rows, panel.k_end)
+                    part = slice(panel.q_begin, panel.q_end), slice(begin, end)
+                    hidden = hidden_pairs(edges, scratch, panel, begin, end)
+                    assert (hidden is None) == (not panel.masked)
+                    assert np.array_equal(outside[part], np.zeros(outside[part].shape, bool) if hidden is None else hidden)
+                    covered[part] = True
+        assert (covered | outside).all()
 
 
 # the kernels around it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, zip_longest
 from typing import Final
 
 from ..errors import ScheduleError
@@ -30,8 +31,8 @@ def misformed(job: Job, rank: int, op: Compute) -> str | None:
         return str(error)
     if (op.reads, op.writes) == expected:
         return None
-    pairs = zip((*op.reads, *op.writes), (*expected[0], *expected[1]), strict=False)
-    found, wanted = next(((a, b) for a, b in pairs if a != b), (None, None))
+    pairs = chain(zip_longest(op.reads, expected[0]), zip_longest(op.writes, expected[1]))
+    found, wanted = next((a, b) for a, b in pairs if a != b)
     return f"gives {op.kernel} {_named(found)} in place of {_named(wanted)}"
 
 

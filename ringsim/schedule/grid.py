@@ -29,7 +29,8 @@ def _mark(op: Op, rank: int) -> str:
     if isinstance(op, Compute):
         if op.kernel not in MARKS:
             return ""
-        queries, keys = (_owner(region.value) for region in op.reads[:2])
+        # a fault may have taken both away
+        queries, keys = [*(_owner(region.value) for region in op.reads[:2]), "", ""][:2]
         visitor = "" if queries == str(rank) else f"q{queries}:"
         return f"{visitor}{MARKS[op.kernel]}{keys}{'~' if any(tile.masked for tile in op.tiles) else ''}"
     if isinstance(op, Send) and op.phase != "barrier":

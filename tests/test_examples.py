@@ -14,7 +14,7 @@ from .mpi_launch import OPEN_MPI, mpiexec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ON_ONE_PROCESS = ("averaging_is_not_merging", "before_you_buy", "blockwise_layer", "blockwise_schedule", "six_tokens", "what_if")
-UNDER_MPI = {"library": 2, "ring_sizes": 4}
+UNDER_MPI = {"library": 2, "ring_sizes": 4, "train_transformer": 4}
 TIMEOUT_S = 120
 
 

@@ -12,13 +12,14 @@ from .errors import BeyondFigures, TopologyError, WorkloadError
 from .hops import ring_hops
 from .schedule import Compute, Schedule, Send
 from .simulation import simulate
-from .timeline import Timeline
+from .timeline import POSTS, WAITS, Timeline
 from .topology import Topology
 
 LARGEST: Final = 2**22
 """Tokens per device up to which a block is sought."""
 USUAL: Final = 1024
 """A block at which to look at sizes of messages and tiles."""
+ATTENDS: Final = ("attend", "attend_backward")
 NOTHING: Final = 1e-9
 """Of a run: waits shorter than that are the rounding of float seconds."""
 
@@ -27,6 +28,7 @@ NOTHING: Final = 1e-9
 class Breakeven:
     """`tokens` per device from which on no rank waits for a hop or drives one; None if not up to `looked_to`.
 
+    Up to its last tile: what comes home after that, sums of gradients or a state, has nothing to hide behind.
     Where ranks have uneven work, those with less wait for others: there, from which on those with the most wait for nobody.
     `looked_from` is the smallest block that the device's figures price: a result equal to it is an upper bound. At `tokens`:
     `exposed` is the share of the run that hops cost although nobody waits (they slow the kernels), `flops_per_s` what rank 0's
@@ -94,10 +96,10 @@ def find_breakeven(schedule: Schedule, topology: Topology, *, multiple: int = 1)
 
 
 def _hides(schedule: Schedule, topology: Topology) -> bool:
-    """Whether hops keep nobody waiting who would not wait for others anyway."""
+    """Whether hops keep nobody waiting who would not wait for others anyway, while there is something to hide them behind."""
     timeline = simulate(schedule, topology, bound=False)
     least_s = NOTHING * timeline.total_s
-    if timeline.exposed_s() <= least_s:
+    if _exposed_s(timeline) <= least_s:
         return True
     busiest = _busiest(timeline)
     if len(busiest) == timeline.world_size:
@@ -108,6 +110,20 @@ def _hides(schedule: Schedule, topology: Topology) -> bool:
     if waits + polls <= least_s:
         return True
     return timeline.total_s - simulate(schedule, topology, free_hops=True, bound=False).total_s <= least_s
+
+
+def _exposed_s(timeline: Timeline) -> float:
+    """Exposed communication up to each rank's last tile, over all ranks: what comes home later has nothing to hide behind."""
+    total_s, since_s = 0.0, dict.fromkeys(range(timeline.world_size), 0.0)
+    for event in timeline.events:
+        if event.kind in ATTENDS:
+            total_s += since_s[event.rank] + event.poll_s
+            since_s[event.rank] = 0.0
+        elif event.kind == WAITS:
+            since_s[event.rank] += event.transfer_s + event.progress_s
+        elif event.kind not in POSTS:
+            since_s[event.rank] += event.poll_s
+    return total_s
 
 
 def _busiest(timeline: Timeline) -> set[int]:
@@ -159,7 +175,9 @@ def _turns(schedule: Schedule, topology: Topology, count: int) -> Iterable[int]:
     starts = {start for path in paths for start in path.starts} | {path.eager_nbytes + 1 for path in paths}
     sizes = {op.region.nbytes for rank in range(schedule.world_size) for op in schedule.program(rank) if isinstance(op, Send)}
     turns = {ceil(start * count / nbytes) for start in starts for nbytes in sizes if nbytes}
-    tables = [table for number in set(placed) for table in topology.device(number).attention]
+    forward = [table for number in set(placed) for table in topology.device(number).attention]
+    pass_ = schedule.workload.pass_
+    tables = [*(forward if pass_ != "backward" else ()), *(one.of_backward() for one in forward if pass_ != "forward")]
     points = {pairs for table in tables for pairs, _ in (*table.full, *table.masked)}
     tiles = {tile.pairs() / ((tile.batch[1] - tile.batch[0]) * (tile.heads[1] - tile.heads[0])) for tile in _tiles(schedule)}
     turns |= {ceil(count * sqrt(point / pairs)) for point in points for pairs in tiles if pairs}

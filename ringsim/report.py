@@ -163,6 +163,7 @@ def breakeven(found: Sequence[Breakeven]) -> RenderableType:
     tail = (
         "\ntokens per device: from there on no rank waits for a hop or drives one (of uneven ranks: the busiest do not); "
         "<=: the least looked at\n"
+        "what comes home after a rank's last tile has nothing to hide behind and does not count\n"
         "hops still cost: of the run, there, by slowing kernels; F/B: peak over the slowest hop's rate, arXiv 2310.01889"
     )
     return Group(Text(head), table, Text(tail))

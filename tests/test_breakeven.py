@@ -55,6 +55,19 @@ def test_the_block_is_exact_without_overheads(world_size, heads, kv_heads):
     assert (found.looked_from, found.looked_to) == (1, 2**22)
 
 
+@pytest.mark.parametrize(("strategy", "bytes_per_pair"), [("ring", 12), ("burst", 8 + 8 / 128)])
+def test_the_block_of_a_backward_pass_carries_its_gradients(strategy, bytes_per_pair):
+    """10 c^2 n d / F = 12 c m d / B of K, V and the float32 sums of their gradients; of queries 8 c n d, and lse and delta."""
+    on = ringsim.load_topology("ideal", {"links.wire.bandwidth": "300 GB/s"})
+    found = find_breakeven(replace(schedule(8, pass_="backward"), strategy=strategy), on)
+    c = bytes_per_pair / 10 * 4000 / 3
+    assert found.f_over_b == pytest.approx(c)
+    assert found.tokens == pytest.approx(c, abs=1.5), "kernels that only pass over memory hide a token's worth"
+    # what remains is the last hop of sums, home
+    home = 8 if strategy == "ring" else 4
+    assert found.exposed == pytest.approx(home / (8 * bytes_per_pair + home), rel=0.002)
+
+
 def test_latency_is_part_of_the_hop():
     """4 c^2 n d / F = latency + 4 c n d / B: the positive root of a quadratic."""
     latency, rate, bandwidth, width = 50e-6, 400e12, 400e9, 32 * 128

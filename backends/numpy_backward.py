@@ -158,7 +158,8 @@ class BackwardTile:
         douts = _with_column(source.dout[batch, where, head], scratch.douts)
         # not np.negative: NumPy 2.4's gets some strides wrong
         np.multiply(delta, -1, out=douts[:, -1])
-        finite = not self.tile.masked or (all_finite(queries[:, :-1]) and all_finite(douts))
+        queries[:, -1] = 0
+        finite = not self.tile.masked or (all_finite(queries) and all_finite(douts))
         np.multiply(lse, -1, out=queries[:, -1])
         blind = np.equal(lse, -np.inf, out=scratch.blind[: len(queries)])
         np.copyto(queries[:, -1], -np.inf, where=blind)
@@ -188,8 +189,9 @@ def _with_column(source: Array, buffer: Array, scale: Any = None) -> Array:
 
 
 def all_finite(array: Array) -> bool:
-    """Whether every element is finite and no square overflows: False may be caution."""
-    return bool(np.isfinite(np.einsum("ij,ij->", array, array)))
+    """Whether every element of a dense array is finite and no square overflows: False may be caution."""
+    flat = array.reshape(-1)
+    return bool(np.isfinite(np.dot(flat, flat)))
 
 
 def _weights(scratch: Scratch, rows: _Rows, kv: _Head, hidden: Hidden | None) -> Array:

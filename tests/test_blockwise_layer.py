@@ -11,9 +11,11 @@ import pytest
 
 import ringsim
 from ringsim.backends.loopback import spawn
+from ringsim.footprint import Layers
 from ringsim.schedule import STRATEGIES, Compute, Recv, Send
 
-EXAMPLES = str(Path(__file__).parents[1] / "examples")
+ROOT = Path(__file__).parents[1]
+EXAMPLES = str(ROOT / "examples")
 STRATEGY = "blockwise-layer"
 
 
@@ -158,6 +160,22 @@ def test_more_tokens_take_more_bytes_of_the_result_alone(layer):
     few, many = (layer.peaks(rows, width, hidden, block, rng) for rows in (128, 1152))
     for one, other in zip(few, many, strict=True):
         assert abs((other - one) - 1024 * width * 8) < 1024
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "computed again"])
+def test_what_a_layer_keeps_is_what_the_memory_model_says(layer, keep):
+    case = Case(layer, workload(seq_len=24, heads=4, kv_heads=2, head_dim=6), width=24, hidden=20)
+    with ringsim.RingAttention(case.work, threads=1) as plan:
+        _, (x, kept) = layer.Layer(plan, 8).forward(case.x, case.w, keep)
+    model = Layers(count=2, recompute=not keep).nbytes(case.work, (24, 24), None)
+    assert sum(array.nbytes for array in (x, *(kept or ()))) == model
+
+
+def test_the_page_shows_what_the_examples_print():
+    page = (ROOT / "docs" / "training.md").read_text()
+    for name in ("blockwise_schedule", "blockwise_layer"):
+        last = (ROOT / "examples" / f"{name}.out").read_text().split("\n\n")[-1]
+        assert f"```\n{last}```" in page
 
 
 class Counted(np.ndarray):

@@ -84,7 +84,7 @@ def prediction(schedule: Schedule, timeline: Timeline, exposed_wall_s: float) ->
         shares = ", ".join(f"{name} {share:.0%}" for name, share in timeline.facts["busiest"].items())
         tail.append(f"busiest wires, of what they could carry in that time: {shares}")
     if timeline.facts.get("backward"):
-        tail.append(f"backward pass: {timeline.facts['backward']}")
+        tail.append(f"backward pass priced by the {timeline.facts['backward']}")
     if timeline.facts.get("bounded"):
         tail.append(
             f"of the computation {timeline.facts['bounded']:.1%} is an upper bound: tiles smaller than the machine's smallest "

@@ -16,7 +16,7 @@ FOLDERS = {"ringsim": ROOT / "ringsim", "ringsim.backends": ROOT / "backends", "
 FLOORS = [
     {"cli", "__main__"},
     {"ledger", "inventory"},
-    {"report"},
+    {"report", "bindings"},
     {"trace", "comparison", "checking", "attention", "sharding", "drawing", "breakeven", "hops"},
     {"agreement", "communicators", "calibration", "kernel_times", "simulation", "execution", "importing"},
     {"capacity", "shares"},

@@ -1,0 +1,98 @@
+"""Ring attention in PyTorch's autograd: a call in the graph, whose backward is the plan's.
+
+Torch runs the backward of CPU tensors on the thread that asks for it, last call first: ranks that built the same graph meet in
+the same order. docs/autograd.md has an example.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..attention import RingAttention, Saved
+from ..errors import ArrayError, MissingDependency, WorkloadError
+
+try:
+    import torch
+except ImportError as error:
+    raise MissingDependency(f"torch cannot be imported ({error}): pip install 'ringsim[torch]'") from error
+
+
+def attention(plan: RingAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of the local shards under `plan`, in the autograd graph: this rank's rows of the output, a new tensor.
+
+    q is (batch, local seq, heads, head_dim), k and v have kv_heads, and v and what is returned v_head_dim; all without the batch
+    if the workload has one sequence. CPU tensors in the dtype of the workload, with any strides. The call is collective, and so
+    is its backward: on every rank the same calls need gradients, and all ranks go back through them. One plan serves any number
+    of layers, since a call keeps what its backward needs (q, k, v, out and lse) in the graph and not in the plan. Works under
+    torch.utils.checkpoint, which calls again; under torch.compile call ``torch.compiler.disable(attention)``.
+    Raises ArrayError for what is no dense tensor, WorkloadError for a second derivative, forward mode and vmap, and what a call
+    of the plan raises, at once or out of ``backward``: a tensor that does not fit or lies on a device is a RankMismatch on every
+    rank. FlashAttention-2, arXiv 2307.08691, algorithm 2.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise ArrayError(f"{name} is {getattr(value, 'layout', type(value).__name__)}; expected a dense torch tensor")
+    out: torch.Tensor = _Attention.apply(plan, q, k, v)[0]
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    """(out, lse) of (plan, q, k, v); lse has no gradient."""
+
+    @staticmethod
+    def forward(plan: RingAttention, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = plan.with_lse(*(tensor.detach() for tensor in inputs))
+        # the graph keeps what this call needs, for as long as it needs it
+        plan.saved = None
+        return tuple(_tensor(array) for array in made)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.plan = inputs[0]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[1:], *output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        made = _Gradients.apply(ctx.plan, dout, *ctx.saved_tensors)
+        return None, *(tensor if needed else None for tensor, needed in zip(made, ctx.needs_input_grad[1:], strict=True))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise WorkloadError("ring attention has no forward-mode derivative here; use reverse mode: backward, torch.func.vjp")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise WorkloadError(
+            "ring attention cannot run under vmap, since each call is a collective over the ranks; "
+            "give the axis that is mapped as the first of q, k and v, and `batch` to the workload"
+        )
+
+
+class _Gradients(torch.autograd.Function):
+    """(dq, dk, dv) of (plan, dout, q, k, v, out, lse): a function of its own, so that only differentiating it is an error."""
+
+    @staticmethod
+    def forward(plan: RingAttention, dout: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arrays: list[Any] = [tensor.detach() for tensor in saved]
+        return tuple(_tensor(array) for array in plan.backward(dout.detach(), Saved(*arrays)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Nothing to keep: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise WorkloadError("the gradients of ring attention have no derivative here: there is no second derivative")
+
+    vmap = _Attention.vmap
+
+
+def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """The array as a tensor that shares its memory; torch takes no bfloat16 from NumPy, so it crosses as 16-bit integers."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

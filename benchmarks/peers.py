@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -92,6 +93,8 @@ def enter(
     except Failed as error:
         if company:
             company.close()
+        # what it did before counts for nothing
+        row.pop("passes", None)
         return row | {"state": f"failed: {error}"}, None
     return row, company
 
@@ -138,12 +141,22 @@ def go_round(rows: list[Row], companies: dict[str, Company], options: argparse.N
             runners = [row for row in rows if what in row.get("passes", {})]
             start = number % max(1, len(runners))
             for row in runners[start:] + runners[:start]:
-                company = companies[row["name"]]
-                found = request(company, what, row, options.calls)
-                while found["others_cores"] > QUIET_CORES and time.perf_counter() < give_up_s:
-                    time.sleep(1)
-                    found = request(company, what, row, options.calls)
-                row["passes"][what]["rounds"].append(found)
+                try:
+                    found = undisturbed(companies[row["name"]], what, row, options.calls, give_up_s)
+                    row["passes"][what]["rounds"].append(found)
+                except Failed as error:
+                    row["state"] = f"failed in round {number}: {error}"
+                    row.pop("passes")
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+
+
+def undisturbed(company: Company, what: str, row: Row, calls: int, give_up_s: float) -> Row:
+    """A request, made again while others disturb it and there is patience left."""
+    found = request(company, what, row, calls)
+    while found["others_cores"] > QUIET_CORES and time.perf_counter() < give_up_s:
+        time.sleep(1)
+        found = request(company, what, row, calls)
+    return found
 
 
 def times(row: Row, what: str) -> list[float]:
@@ -250,6 +263,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args()
+    # so that a driver that is told to end still ends its processes
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options.venvs = options.venvs.absolute()
     if options.install:
         install(options.venvs)

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from contenders.cast import HERE, RANKS, Contender
 
-START_S, ANSWER_S = 180.0, 300.0
+START_S, ANSWER_S, END_S = 180.0, 300.0, 10.0
 
 
 class Failed(Exception):
@@ -41,13 +42,22 @@ class Company:
         self._inputs = inputs
         self._errors = (self._folder / "errors").open("w+")
         self._links: list[Any] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            self.hello = self._assemble(shape, venvs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _assemble(self, shape: Shape, venvs: Path) -> list[dict[str, Any]]:
+        """Start the processes; what each says when it is ready, by rank."""
         with socket.socket(socket.AF_UNIX) as door:
             door.bind(str(self._folder / "door"))
             door.listen(RANKS)
             door.settimeout(1.0)
             self._processes = self._start(shape, venvs)
             self._streams = self._admit(door)
-        self.hello = sorted((json.loads(self._line(stream)) for stream in self._streams), key=lambda hello: hello["rank"])
+        return sorted((json.loads(self._line(stream)) for stream in self._streams), key=lambda hello: hello["rank"])
 
     def _start(self, shape: Shape, venvs: Path) -> list[subprocess.Popen[bytes]]:
         contender = self.contender
@@ -120,15 +130,18 @@ class Company:
         return sum(_used_s(hello["pid"]) for hello in self.hello)
 
     def close(self) -> None:
-        """Let the ranks end; kill what does not."""
+        """Let the ranks end; end those that do not."""
         for link in self._links:
-            link.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
             link.close()
         for process in self._processes:
             try:
-                process.wait(30)
+                process.wait(END_S)
             except subprocess.TimeoutExpired:
-                process.kill()
+                # a launcher passes it on to its ranks
+                process.terminate()
+                process.wait()
         self._errors.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

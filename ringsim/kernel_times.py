@@ -73,7 +73,8 @@ class _Shape(NamedTuple):
 
     def tile(self) -> Tile:
         """The tile. In a masked one the band crosses every piece: the first query sees no key and the last sees all."""
-        apart = -(-self.k_rows // max(self.q_rows - 1, 1))
+        # an even staircase would be cut in another way
+        apart = max(2, -(-self.k_rows // max(self.q_rows - 1, 1)))
         q = Span(row=0, count=self.q_rows, start=-1, step=apart) if self.masked else Span(row=0, count=self.q_rows, start=0)
         k = Span(row=0, count=self.k_rows, start=0)
         return Tile(batch=(0, 1), heads=(0, self.heads), q=q, k=k, lo=0 if self.masked else None)
@@ -146,7 +147,10 @@ def micro_shapes(blocking: Blocking) -> dict[str, list[tuple[int, int]]]:
     most, edge = blocking.q_rows * blocking.k_rows, blocking.edge_rows
     squares = [(s, s) for s in (4, 16, 32, 64, 128, 256) if s < blocking.q_rows and s * s < most]
     full = [(1, 1), *squares, (blocking.q_rows, blocking.k_rows)]
-    masked = [(2, 1), *((s, s) for s in (4, 16, 32, 64) if s < edge), (edge, edge), (edge, blocking.k_rows)]
+    wide, tall = (edge, blocking.k_rows), (blocking.q_rows, min(edge, blocking.k_rows))
+    masked = [(2, 1), *((s, s) for s in (4, 16, 32, 64) if s < edge), (edge, edge), wide]
+    if tall[0] * tall[1] > max(edge * edge, wide[0] * wide[1]):
+        masked.append(tall)
     return {"full": full, "masked": sorted(set(masked))}
 
 

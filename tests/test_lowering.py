@@ -154,7 +154,13 @@ def test_a_blocking_needs_rows(sizes):
     kv_len=st.integers(1, 1500),
     world_size=st.integers(1, 5),
     partition=st.sampled_from(("contiguous", "striped", "zigzag")),
-    blocking=st.sampled_from((Blocking(q_rows=512, k_rows=512, edge_rows=128), Blocking(q_rows=64, k_rows=32, edge_rows=16))),
+    blocking=st.sampled_from(
+        (
+            Blocking(q_rows=512, k_rows=512, edge_rows=128),
+            Blocking(q_rows=512, k_rows=256, edge_rows=128),
+            Blocking(q_rows=64, k_rows=32, edge_rows=16),
+        )
+    ),
 )
 def test_calibration_covers_every_micro_tile_of_a_schedule(q_len, kv_len, world_size, partition, blocking):
     schedule = Schedule(workload=Workload(q_len=q_len, kv_len=kv_len, mask=Causal()), world_size=world_size, partition=partition)

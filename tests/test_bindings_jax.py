@@ -156,6 +156,14 @@ def test_the_layers_of_a_scan(calls: list[str]) -> None:
     assert [call.split()[0] for call in calls] == ["forward"] * 3 + ["backward"] * 3
 
 
+def test_the_branches_of_a_cond(calls: list[str]) -> None:
+    plan = plan_of()
+    q, k, v = inputs_of(plan)
+    step = jax.jit(jax.grad(lambda q: jax.lax.cond(q[0, 0, 0, 0] > 1, lambda q: attention(plan, q * 7, k, v), jnp.sin, q).sum()))
+    jax.block_until_ready([step(q), step(q * 2)])
+    assert calls == ["forward 14", "backward 14"]
+
+
 def test_a_plan_is_compiled_once_without_jit() -> None:
     plan, compiled = plan_of(), []
     given = inputs_of(plan)

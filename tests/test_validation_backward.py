@@ -7,12 +7,11 @@ import pytest
 
 from ringsim.errors import ScheduleError
 from ringsim.mask import Causal, mask_named
-from ringsim.schedule import Compute, Recv, Schedule, Send, Wait
-from ringsim.schedule.schedule import regions
-from ringsim.schedule.validation import _ranks
+from ringsim.schedule import Recv, Schedule, Send, Wait
 from ringsim.workload import Workload
 
-from .tampering import edited, kernel, post, versions, with_ranks
+from .tampering import again, edited, find, kernel, left_out, moved, post, recounted, versions, with_ranks, with_regions
+from .test_validation_family import read, region, wrote
 
 WORK = Workload(q_len=12, batch=2, heads=4, kv_heads=2, head_dim=8, v_head_dim=6, pass_="backward")
 ATTEND, ADD, CAST = kernel("attend_backward"), kernel("accumulate"), kernel("cast")
@@ -27,78 +26,8 @@ def casts(name):
     return lambda op: CAST(op) and op.writes[0].buffer == name
 
 
-def region(**changes):
-    """The region of a post with such changes."""
-    return lambda op: [replace(op, region=replace(op.region, **changes))]
-
-
-def read(index, change):
-    """A compute that reads, in place of region `index`, what `change` makes of it."""
-    return lambda op: [replace(op, reads=tuple(change(r) if i == index else r for i, r in enumerate(op.reads)))]
-
-
-def wrote(index, **changes):
-    return lambda op: [replace(op, writes=tuple(replace(r, **changes) if i == index else r for i, r in enumerate(op.writes)))]
-
-
 def nothing(op):
     return []
-
-
-def find(schedule, rank, where, which=0):
-    return [op for op in schedule.program(rank) if where(op)][which]
-
-
-def with_regions(op, change):
-    """An op with `change` of each of its regions."""
-    if isinstance(op, Compute):
-        return replace(op, reads=tuple(map(change, op.reads)), writes=tuple(map(change, op.writes)))
-    return op if isinstance(op, Wait) else replace(op, region=change(op.region))
-
-
-def recounted(schedule, written, by):
-    """These versions, and what comes after them, are counted anew on every rank: each read finds the version that it names."""
-    first = {region.value: region.version for region in written}
-
-    def late(found):
-        return found.version >= first.get(found.value, found.version + 1)
-
-    def change(found):
-        return replace(found, version=found.version + by) if late(found) else found
-
-    def changed(op):
-        return with_regions(op, change) if any(map(late, regions(op))) else op
-
-    programs = {f"rank_{rank}": map(changed, schedule.program(rank)) for rank in range(schedule.world_size)}
-    return with_ranks(schedule, **programs)
-
-
-def left_out(schedule, rank, where, which=0):
-    """An op that changes sums is left out, and versions are counted anew: only what is in them is wrong."""
-    lost = find(schedule, rank, where, which)
-    ops = [op for op in schedule.program(rank) if op != lost]
-    return recounted(with_ranks(schedule, **{f"rank_{rank}": ops}), lost.writes, -1)
-
-
-def again(schedule, rank, where, which=0):
-    """An op that changes sums comes a second time, and versions are counted anew."""
-    values = {r.value for r in find(schedule, rank, where, which).writes}
-    counted = recounted(schedule, find(schedule, rank, where, which).writes, 1)
-
-    def twice(op):
-        reads = (replace(r, version=r.version + (r.value in values)) for r in op.reads)
-        return [replace(op, writes=versions(op.writes, -1)), replace(op, reads=tuple(reads))]
-
-    return edited(counted, rank, twice, where, which=which)
-
-
-def moved(schedule, rank, where, before, which=0):
-    """An op comes earlier: before the first that `before` picks."""
-    ops = list(schedule.program(rank))
-    op = find(schedule, rank, where, which)
-    ops.remove(op)
-    ops.insert(next(index for index, other in enumerate(ops) if before(other)), op)
-    return with_ranks(schedule, **{f"rank_{rank}": ops})
 
 
 def at_home(op):
@@ -462,47 +391,3 @@ def test_programs_that_nothing_was_done_to_are_valid(strategy, pass_):
     schedule = made(strategy, pass_=pass_)
     with_ranks(schedule).validate()
     recounted(schedule, find(schedule, 0, ATTEND).writes, 0).validate()
-
-
-# beyond 64 ranks
-
-
-def sampled(strategy, world_size=65, **options):
-    return made(strategy, world_size, workload=Workload(q_len=world_size, head_dim=4, **options))
-
-
-def never_sent_home():
-    schedule = sampled("halo")
-    looked_at = set(_ranks(schedule))
-    return edited(schedule, 0, nothing, lambda op: post(Send, "home")(op) and op.peer not in looked_at)
-
-
-SAMPLED_FAULTS = {
-    "a sum dropped at home": (
-        lambda: left_out(sampled("ring"), 0, at_home),
-        r"rank 0: dk\[0\] lacks what op \d+ of rank 0 receives",
-    ),
-    "a part never added on the road": (
-        lambda: left_out(sampled("burst"), 0, on_the_road, 5),
-        r"rank 0: never sends what op \d+ attends for dq\[\d+\], and 0 more",
-    ),
-    "a sum added twice": (lambda: again(sampled("ring"), 1, on_the_road, 3), r"rank 1, op \d+ .*merges dk_sum\[\d+\]@1, part of"),
-    "an attend_backward left out": (lambda: left_out(sampled("ring"), 1, ATTEND, 9), r"covered 0 times and required 1 times"),
-    "a sum never sent home": (never_sent_home, r"rank 0: never sends what op \d+ attends for dk\[\d+\], and 0 more"),
-    "a gradient never cast": (
-        lambda: edited(sampled("ring"), 0, nothing, casts("dk")),
-        r"rank 0: dk\[0\] lacks what op \d+ of rank 0 attends",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SAMPLED_FAULTS)
-def test_validation_of_sampled_ranks_finds(name):
-    broken, message = SAMPLED_FAULTS[name]
-    with pytest.raises(ScheduleError, match=message):
-        broken().validate()
-
-
-@pytest.mark.parametrize("strategy", ["ring", "burst", "double-ring(13)", "halo"])
-def test_sampled_programs_that_nothing_was_done_to_are_valid(strategy):
-    sampled(strategy, mask=Causal()).validate()

@@ -6,7 +6,7 @@ SOURCES := $(shell find ringsim backends topologies -name '*.py' -o -name '*.yam
 MPIEXEC := $(abspath $(BIN))/mpiexec
 RINGSIM := $(abspath $(BIN))/ringsim
 
-.PHONY: demo test check docs clean
+.PHONY: demo test bindings check docs clean
 
 demo: $(READY)
 	@mkdir -p demo
@@ -20,6 +20,12 @@ demo: $(READY)
 test: $(READY)
 	@echo "== running the tests, those over MPI included (some minutes)"
 	@$(BIN)/pytest -q
+
+bindings: $(READY)
+	@echo "== installing torch and jax (1.5 GB) and running the tests of ringsim.bindings"
+	@$(BIN)/pip install --quiet --disable-pip-version-check '.[mpich,dev,torch,jax]'
+	@rm -rf build
+	@$(BIN)/pytest -q tests/test_bindings_torch.py tests/test_bindings_jax.py tests/test_api.py
 
 check: $(READY)
 	@echo "== ruff and mypy"

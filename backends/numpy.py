@@ -11,11 +11,12 @@ from ringsim.backends import numpy_attend, numpy_backward, numpy_state
 from ringsim.backends.cpu import Cache, detect_cache, one_blas_thread
 from ringsim.backends.numpy_attend import AttendTile, Head
 from ringsim.backends.numpy_backward import BackwardTile, Operands
-from ringsim.backends.numpy_micro import Array, edges_of, widen
+from ringsim.backends.numpy_micro import Array, Edges, Piece, edges_of, pieces_of, widen
 from ringsim.backends.numpy_share import Poll, share
 from ringsim.errors import ArrayError
 from ringsim.lowering import Blocking
 from ringsim.schedule.ops import Compute, Region
+from ringsim.tile import Tile
 
 Fetch = Callable[[Region], Array]
 
@@ -110,14 +111,14 @@ class NumpyBackend:
         """Work items, key/value head by head so that its conversion and its norms are made once."""
         tile, dtype = kernel.tile, kernel.state[0].dtype
         group = kernel.q.shape[2] // k.shape[2]
-        blocks = tuple(kernel.blocking.blocks(tile))
+        blocks = _pieces(kernel.blocking, tile, kernel.edges)
         rows = slice(tile.k.row, tile.k.row + tile.k.count)
         for batch in range(*tile.batch):
             for kv_head in range(tile.heads[0] // group, -(-tile.heads[1] // group)):
                 kv = self.prepare_head(k[batch, rows, kv_head], v[batch, rows, kv_head], dtype)
                 for head in range(max(tile.heads[0], kv_head * group), min(tile.heads[1], (kv_head + 1) * group)):
-                    for begin, end, panels in blocks:
-                        yield numpy_attend.Item(batch, head, kv, begin, end, panels)
+                    for begin, end, pieces in blocks:
+                        yield numpy_attend.Item(batch, head, kv, begin, end, pieces)
 
     def prepare_head(self, keys: Array, values: Array, dtype: np.dtype[Any]) -> Head:
         """What is done once per key/value head of a tile: convert to `dtype`, find the norms that bounds rest on."""
@@ -151,8 +152,8 @@ class NumpyBackend:
         operands = Operands(*(fetch(region) for region in op.reads[:6]))
         sums = tuple(fetch(region) for region in op.writes)
         for tile in op.tiles:
-            blocking = self.backward_blocking(op.writes[0].dtype)
-            kernel = BackwardTile(tile, blocking, operands, sums, scale, edges_of(tile), tuple(blocking.blocks(tile)))
+            blocking, edges = self.backward_blocking(op.writes[0].dtype), edges_of(tile)
+            kernel = BackwardTile(tile, blocking, operands, sums, scale, edges, _pieces(blocking, tile, edges))
             scratch = [self._backward_scratch_of(kernel, thread) for thread in range(self.threads)]
             share(kernel.items(), scratch, kernel, poll)
 
@@ -162,3 +163,8 @@ class NumpyBackend:
         if key not in self._backward_scratch:
             self._backward_scratch[key] = numpy_backward.Scratch.make(kernel.blocking, widths, dtype)
         return self._backward_scratch[key]
+
+
+def _pieces(blocking: Blocking, tile: Tile, edges: Edges | None) -> tuple[tuple[int, int, tuple[Piece, ...]], ...]:
+    """The blocks of query rows [begin, end) of a tile with their micro-tiles."""
+    return tuple((begin, end, pieces_of(blocking, edges, panels)) for begin, end, panels in blocking.blocks(tile))

@@ -13,9 +13,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ringsim.backends.numpy_micro import Array, Edges, Hidden, hidden_pairs, set_strip, widen
+from ringsim.backends.numpy_micro import Array, Edges, Hidden, Piece, hidden_pairs, seen_stairs, set_strip, widen
 from ringsim.backends.numpy_share import Poll
-from ringsim.lowering import Blocking, Panel
+from ringsim.lowering import Blocking
 from ringsim.tile import Tile
 
 BOUNDS: Final = {"float32": (40.0, 1e24), "float64": (300.0, 1e100)}
@@ -40,6 +40,7 @@ class Scratch:
     ones: Array
     columns: npt.NDArray[np.int32]
     stairs: Hidden
+    seen: Array
 
     @classmethod
     def make(cls, blocking: Blocking, width: int, dtype: np.dtype[Any]) -> Scratch:
@@ -47,6 +48,7 @@ class Scratch:
         made = cls(**{name: np.empty(size, kind or dtype) for name, (size, kind) in blocking.scratch(width).items()})
         made.ones.fill(1)
         set_strip(made)
+        np.logical_not(made.stairs, out=made.seen, casting="unsafe")
         return made
 
 
@@ -77,14 +79,14 @@ class _Rows(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One block of query rows of one head, and the panels to fold into it."""
+    """One block of query rows of one head, and the micro-tiles to fold into it."""
 
     batch: int
     head: int
     kv: Head
     begin: int
     end: int
-    panels: tuple[Panel, ...]
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(slots=True)
@@ -104,14 +106,17 @@ class AttendTile:
         rows = slice(first + item.begin, first + item.end)
         queries = self._scaled(scratch, self.q[item.batch, rows, item.head])
         state = _Rows(queries, *(array[item.batch, item.head, rows] for array in self.state))
-        fold = _fold_bounded if self._bounded(scratch, state, item.kv) else _fold_online
-        for panel in item.panels:
-            part = state.part(panel.q_begin - item.begin, panel.q_end - item.begin)
-            for k_begin in range(panel.k_begin, panel.k_end, self.blocking.k_rows):
-                k_end = min(k_begin + self.blocking.k_rows, panel.k_end)
-                fold(scratch, part, item.kv.part(k_begin, k_end), hidden_pairs(self.edges, scratch, panel, k_begin, k_end))
-                poll()
-        if fold is _fold_bounded:
+        bounded = self._bounded(scratch, state, item.kv)
+        for piece in item.pieces:
+            whole = piece.q_end - piece.q_begin == item.end - item.begin
+            part = state if whole else state.part(piece.q_begin - item.begin, piece.q_end - item.begin)
+            kv = item.kv.part(piece.k_begin, piece.k_end)
+            if bounded:
+                _fold_bounded(scratch, part, kv, piece, self.edges)
+            else:
+                _fold_online(scratch, part, kv, hidden_pairs(self.edges, scratch, piece))
+            poll()
+        if bounded:
             np.copyto(state.max, 0, where=state.sum > 0)
 
     def _scaled(self, scratch: Scratch, source: Array) -> Array:
@@ -129,19 +134,24 @@ class AttendTile:
         return largest < bound and kv.value_square < most_square and bool(np.all((rows.max == 0) | (rows.max == -np.inf)))
 
 
-def _fold_bounded(scratch: Scratch, rows: _Rows, kv: Head, hidden: Hidden | None) -> None:
+def _fold_bounded(scratch: Scratch, rows: _Rows, kv: Head, piece: Piece, edges: Edges | None) -> None:
     scores = _scores(scratch, rows, kv)
     np.exp(scores, out=scores)
-    if hidden is not None:
-        np.copyto(scores, 0, where=hidden)
-    rows.sum[:] += np.matmul(scores, scratch.ones[: len(kv.keys)], out=scratch.row_sum[: len(scores)])
-    _add_product(scratch, scores, rows, kv, hidden)
+    cut = scores[: piece.cut_rows]
+    if piece.stair >= 0:
+        # every exp is finite here: a product with 0 is 0, and much faster than a masked copy
+        np.multiply(cut, seen_stairs(scratch.seen, cut.shape, piece.stair), out=cut)
+    elif (hidden := hidden_pairs(edges, scratch, piece)) is not None:
+        np.copyto(cut, 0, where=hidden)
+    np.add(rows.sum, np.matmul(scores, scratch.ones[: len(kv.keys)], out=scratch.row_sum[: len(scores)]), out=rows.sum)
+    product = scratch.product[: rows.acc.size].reshape(rows.acc.shape)
+    np.add(rows.acc, np.matmul(scores, kv.values, out=product), out=rows.acc)
 
 
 def _fold_online(scratch: Scratch, rows: _Rows, kv: Head, hidden: Hidden | None) -> None:
     scores = _scores(scratch, rows, kv)
     if hidden is not None:
-        np.copyto(scores, -np.inf, where=hidden)
+        np.copyto(scores[: len(hidden)], -np.inf, where=hidden)
     reference, factor = scratch.row_max[: len(scores)], scratch.factor[: len(scores)]
     np.max(scores, axis=1, out=reference)
     np.maximum(reference, rows.max, out=reference)
@@ -163,10 +173,11 @@ def _scores(scratch: Scratch, rows: _Rows, kv: Head) -> Array:
 
 
 def _add_product(scratch: Scratch, scores: Array, rows: _Rows, kv: Head, hidden: Hidden | None) -> None:
+    """Add ``scores @ values``; the first rows do not see what is `hidden` from them."""
+    begin = 0
     if hidden is not None and not np.isfinite(kv.value_square):
         # 0 x NaN is NaN: a row must not touch the values that it does not see
-        for row, unseen in enumerate(hidden):
-            rows.acc[row] += scores[row, ~unseen] @ kv.values[~unseen]
-        return
-    product = scratch.product[: rows.acc.size].reshape(rows.acc.shape)
-    rows.acc[:] += np.matmul(scores, kv.values, out=product)
+        for begin, unseen in enumerate(hidden, 1):
+            rows.acc[begin - 1] += scores[begin - 1, ~unseen] @ kv.values[~unseen]
+    acc = rows.acc[begin:]
+    np.add(acc, np.matmul(scores[begin:], kv.values, out=scratch.product[: acc.size].reshape(acc.shape)), out=acc)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ringsim.backends.numpy_micro import Array, Edges, Hidden, hidden_pairs, set_strip, widen
+from ringsim.backends.numpy_micro import Array, Edges, Hidden, Piece, hidden_pairs, set_strip, widen
 from ringsim.backends.numpy_share import Poll
-from ringsim.lowering import Blocking, Panel
+from ringsim.lowering import Blocking
 from ringsim.tile import Tile
 
 
@@ -98,8 +98,8 @@ class Operands(NamedTuple):
     delta: Array
 
 
-Block = tuple[int, int, tuple[Panel, ...]]
-"""Query rows [begin, end) of a tile and their panels."""
+Block = tuple[int, int, tuple[Piece, ...]]
+"""Query rows [begin, end) of a tile and their micro-tiles."""
 
 
 class Item(NamedTuple):
@@ -142,12 +142,14 @@ class BackwardTile:
         kv_arrays = self.operands.k[batch, keys, kv_head], self.operands.v[batch, keys, kv_head]
         kv = scratch.head(*kv_arrays, dk, dv, masked=tile.masked)
         for head in range(max(tile.heads[0], kv_head * self.group), min(tile.heads[1], (kv_head + 1) * self.group)):
-            for begin, end, panels in self.blocks:
+            for begin, end, pieces in self.blocks:
                 where = slice(tile.q.row + begin, tile.q.row + end)
                 rows = self._rows(scratch, batch, where, head)
-                for panel in panels:
-                    part = rows.part(panel.q_begin - begin, panel.q_end - begin)
-                    self._panel(scratch, poll, panel, part, kv)
+                for piece in pieces:
+                    whole = piece.q_end - piece.q_begin == end - begin
+                    part = rows if whole else rows.part(piece.q_begin - begin, piece.q_end - begin)
+                    self._add(scratch, piece, part, kv.part(piece.k_begin, piece.k_end))
+                    poll()
                 np.multiply(rows.dq, rows.dq.dtype.type(self.scale), out=rows.dq)
                 self.sums[0][where, batch, head] += rows.dq
 
@@ -167,13 +169,14 @@ class BackwardTile:
         dq.fill(0)
         return _Rows(queries, douts, dq, finite)
 
-    def _panel(self, scratch: Scratch, poll: Poll, panel: Panel, rows: _Rows, kv: _Head) -> None:
-        for begin in range(panel.k_begin, panel.k_end, self.blocking.k_rows):
-            end = min(begin + self.blocking.k_rows, panel.k_end)
-            hidden = hidden_pairs(self.edges, scratch, panel, begin, end)
-            add = _add if hidden is None or (rows.finite and kv.finite) else _add_row_by_row
-            add(scratch, rows, kv.part(begin, end), hidden)
-            poll()
+    def _add(self, scratch: Scratch, piece: Piece, rows: _Rows, kv: _Head) -> None:
+        hidden = hidden_pairs(self.edges, scratch, piece)
+        if hidden is None or (rows.finite and kv.finite):
+            _add(scratch, rows, kv, hidden)
+            return
+        _add_row_by_row(scratch, rows.part(0, len(hidden)), kv, hidden)
+        if len(hidden) < len(rows.queries):
+            _add(scratch, rows.part(len(hidden), len(rows.queries)), kv, None)
 
 
 def _with_column(source: Array, buffer: Array, scale: Any = None) -> Array:
@@ -195,12 +198,12 @@ def all_finite(array: Array) -> bool:
 
 
 def _weights(scratch: Scratch, rows: _Rows, kv: _Head, hidden: Hidden | None) -> Array:
-    """Softmax: P = exp(scale q k^T - lse), 0 where hidden."""
+    """Softmax: P = exp(scale q k^T - lse), 0 where hidden: `hidden` are the first rows."""
     shape = (len(rows.queries), len(kv.keys))
     weights = np.matmul(rows.queries, kv.keys.T, out=scratch.weights[: shape[0] * shape[1]].reshape(shape))
     np.exp(weights, out=weights)
     if hidden is not None:
-        np.copyto(weights, 0, where=hidden)
+        np.copyto(weights[: len(hidden)], 0, where=hidden)
     return weights
 
 
@@ -224,11 +227,11 @@ def _add_product(scratch: Scratch, left: Array, right: Array, total: Array) -> N
     total += np.matmul(left, right[:, :-1], out=scratch.product[: total.size].reshape(total.shape))
 
 
-def _add_row_by_row(scratch: Scratch, rows: _Rows, kv: _Head, hidden: Hidden | None) -> None:
+def _add_row_by_row(scratch: Scratch, rows: _Rows, kv: _Head, hidden: Hidden) -> None:
     """0 x NaN is NaN: a row must not touch what it does not see, nor be touched by it."""
     weights = _weights(scratch, rows, kv, hidden)
     dscores = _dscores(scratch, rows, kv, weights)
-    for row, unseen in enumerate(hidden if hidden is not None else ()):
+    for row, unseen in enumerate(hidden):
         seen = ~unseen
         kv.dv[seen] += np.outer(weights[row, seen], rows.douts[row, :-1])
         kv.dk[seen] += np.outer(dscores[row, seen], rows.queries[row, :-1])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ringsim.lowering import Panel
+from ringsim.lowering import Blocking, Panel
 from ringsim.tile import Tile
 
 Array = npt.NDArray[Any]
@@ -22,6 +22,21 @@ class Strip(Protocol):
     columns: npt.NDArray[np.int32]
     stairs: Hidden
     """As many False as True after them."""
+
+
+class Piece(NamedTuple):
+    """A micro-tile: rows [q_begin, q_end) against keys [k_begin, k_end) of a tile.
+
+    Pairs are hidden in its first `cut_rows` rows alone: where `stair` is not negative the first of them sees so many of the keys
+    and each further row one more.
+    """
+
+    q_begin: int
+    q_end: int
+    k_begin: int
+    k_end: int
+    cut_rows: int
+    stair: int
 
 
 class Edges(NamedTuple):
@@ -55,21 +70,47 @@ def edges_of(tile: Tile) -> Edges | None:
     return Edges(low, high, tile.q.step == tile.k.step)
 
 
-def hidden_pairs(edges: Edges | None, strip: Strip, panel: Panel, k_begin: int, k_end: int) -> Hidden | None:
-    """True where a query of the panel does not see a key of [k_begin, k_end); None where all is seen."""
+def pieces_of(blocking: Blocking, edges: Edges | None, panels: tuple[Panel, ...]) -> tuple[Piece, ...]:
+    """The micro-tiles of a block's panels, in the order of computation."""
+    return tuple(
+        Piece(panel.q_begin, panel.q_end, begin, end, *_cut(edges, panel, begin, end))
+        for panel in panels
+        for begin in range(panel.k_begin, panel.k_end, blocking.k_rows)
+        for end in (min(begin + blocking.k_rows, panel.k_end),)
+    )
+
+
+def _cut(edges: Edges | None, panel: Panel, k_begin: int, k_end: int) -> tuple[int, int]:
+    """How many rows of a micro-tile have hidden pairs, or lie above one that has; and its staircase."""
     if not panel.masked or edges is None:
+        return 0, -1
+    low, high = (edge[panel.q_begin : panel.q_end, 0] for edge in edges[:2])
+    if low[-1] > k_begin:
+        return len(low), -1
+    cut_rows = int(np.searchsorted(high, k_end))
+    # a staircase of steps of one, unless clipped
+    stairs = cut_rows > 0 and edges.even and high[cut_rows - 1] - high[0] == cut_rows - 1 and high[0] >= k_begin
+    return cut_rows, int(high[0]) - k_begin if stairs else -1
+
+
+def hidden_pairs(edges: Edges | None, strip: Strip, piece: Piece) -> Hidden | None:
+    """True where one of the first `cut_rows` queries of a micro-tile does not see a key; None where all is seen."""
+    if not piece.cut_rows or edges is None:
         return None
-    low, high = (edge[panel.q_begin : panel.q_end] for edge in edges[:2])
-    rows, keys = shape = (len(low), k_end - k_begin)
-    cut_before = bool(low[-1, 0] > k_begin)
-    if edges.even and not cut_before and high[-1, 0] - high[0, 0] == rows - 1:
-        # a staircase of steps of one, unless clipped: a view of one row of it, begun one key later from row to row
-        first = min(int(high[0, 0]) - k_begin, keys)
-        return np.ndarray(shape, bool, buffer=strip.stairs, offset=strip.stairs.size // 2 - first, strides=(-1, 1))
+    rows, keys = shape = (piece.cut_rows, piece.k_end - piece.k_begin)
+    if piece.stair >= 0:
+        return seen_stairs(strip.stairs, shape, piece.stair)
+    low, high = (edge[piece.q_begin : piece.q_begin + rows] for edge in edges[:2])
     hidden, before = (buffer[: rows * keys].reshape(shape) for buffer in (strip.hidden, strip.before))
     columns = strip.columns[None, :keys]
-    np.greater_equal(columns, high - k_begin, out=hidden)
-    if cut_before:
-        np.less(columns, low - k_begin, out=before)
+    np.greater_equal(columns, high - piece.k_begin, out=hidden)
+    if low[-1, 0] > piece.k_begin:
+        np.less(columns, low - piece.k_begin, out=before)
         np.logical_or(hidden, before, out=hidden)
     return hidden
+
+
+def seen_stairs(steps: Array, shape: tuple[int, int], first: int) -> Array:
+    """The first half's element left of a staircase, the second half's right of it: one row, begun one key later row by row."""
+    size = steps.itemsize
+    return np.ndarray(shape, steps.dtype, buffer=steps, offset=(steps.size // 2 - first) * size, strides=(-size, size))

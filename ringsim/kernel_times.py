@@ -69,19 +69,22 @@ class _Shape(NamedTuple):
     k_rows: int
     heads: int
     layout_heads: int = LAYOUT_HEADS
+    tiles: int = 1
     masked: bool = False
 
-    def tile(self) -> Tile:
-        """The tile. In a masked one the band crosses every piece: the first query sees no key and the last sees all."""
-        # an even staircase would be cut in another way
-        apart = max(2, -(-self.k_rows // max(self.q_rows - 1, 1)))
-        q = Span(row=0, count=self.q_rows, start=-1, step=apart) if self.masked else Span(row=0, count=self.q_rows, start=0)
-        k = Span(row=0, count=self.k_rows, start=0)
-        return Tile(batch=(0, 1), heads=(0, self.heads), q=q, k=k, lo=0 if self.masked else None)
+    def cut(self) -> tuple[Tile, ...]:
+        """The keys in so many tiles side by side. Masked, each query sees one key more; one key the last sees."""
+        keys = self.k_rows // self.tiles
+        # steps that differ: an even staircase would begin with the first row that sees a key
+        start, step = (0, 1) if keys > 1 else (2 - 2 * self.q_rows, 2)
+        q = Span(row=0, count=self.q_rows, start=start, step=step)
+        ks = (Span(row=index * keys, count=keys, start=0) for index in range(self.tiles))
+        lo = 0 if self.masked else None
+        return tuple(Tile(batch=(0, 1), heads=(0, self.heads), q=q, k=k, lo=lo) for k in ks)
 
     def operands(self, name: str, width: int) -> tuple[Sizes, Sizes]:
         """Shapes of what the kernel only reads, and of what it reads and writes, in the order of its regions."""
-        q_rows, k_rows, heads, layout_heads, _ = self
+        q_rows, k_rows, heads, layout_heads, *_ = self
         q_like, k_like = (1, q_rows, layout_heads, width), (1, k_rows, layout_heads, width)
         if name == "attend":
             state: Sizes = {"acc": (1, heads, q_rows, width), "max": (1, heads, q_rows), "sum": (1, heads, q_rows)}
@@ -114,7 +117,7 @@ class _Bench:
         regions = {of: Region(buffer=of, slot=0, shape=a.shape, dtype=a.dtype.name, value=of) for of, a in arrays.items()}
         writes = tuple(regions[of] for of in state)
         reads = tuple(regions[of] for of in inputs) + writes
-        op = Compute(id=0, step=0, phase=name, kernel=name, reads=reads, writes=writes, tiles=(shape.tile(),))
+        op = Compute(id=0, step=0, phase=name, kernel=name, reads=reads, writes=writes, tiles=shape.cut())
         return cls(backend, op, arrays)
 
     def run(self) -> None:
@@ -143,14 +146,12 @@ def cpu_time_s(function: Callable[[], None]) -> float:
 
 
 def micro_shapes(blocking: Blocking) -> dict[str, list[tuple[int, int]]]:
-    """The micro-tiles to time, from one pair to the largest that the lowering makes."""
+    """The micro-tiles to time, from one pair to the largest that the lowering makes: (query rows, key rows)."""
     most, edge = blocking.q_rows * blocking.k_rows, blocking.edge_rows
     squares = [(s, s) for s in (4, 16, 32, 64, 128, 256) if s < blocking.q_rows and s * s < most]
     full = [(1, 1), *squares, (blocking.q_rows, blocking.k_rows)]
-    wide, tall = (edge, blocking.k_rows), (blocking.q_rows, min(edge, blocking.k_rows))
-    masked = [(2, 1), *((s, s) for s in (4, 16, 32, 64) if s < edge), (edge, edge), wide]
-    if tall[0] * tall[1] > max(edge * edge, wide[0] * wide[1]):
-        masked.append(tall)
+    narrow, tall = sorted((edge, blocking.k_rows))
+    masked = [(2, 1), *((s, s) for s in (4, 16, 32, 64) if s < narrow), (narrow, narrow), (tall, narrow)]
     return {"full": full, "masked": sorted(set(masked))}
 
 
@@ -165,11 +166,11 @@ def _times(name: str, kernel: Kernel, backend: Any, make_backend: MakeBackend, p
     blocking = kernel.blocking(name, backend)
     per_pair_s = {}
     for kind, shapes in micro_shapes(blocking).items():
+        timed = _masked if kind == "masked" else _full
         for rows, columns in shapes:
-            cut = make_backend(Blocking(q_rows=rows, k_rows=columns, edge_rows=rows))
-            slope = partial(_slope, name, kernel, cut, pass_rate, _Shape(rows, columns, HEADS, masked=kind == "masked"))
+            time_pair = partial(timed, name, kernel, make_backend, pass_rate, _Shape(rows, columns, HEADS))
             what = f"{name}, {kernel.dtype} head_dim {kernel.head_dim}, {kind} micro-tile {rows} x {columns}"
-            per_pair_s[kind, rows * columns] = _steady(slope, what)
+            per_pair_s[kind, rows * columns] = _steady(time_pair, what)
     one, eight = (cpu_time_s(_Bench.of(name, kernel, backend, _Shape(1, 1, heads)).run) for heads in (1, LAYOUT_HEADS))
     each = (eight - one) / (LAYOUT_HEADS - 1)
     overhead_s, block_overhead_s = max(one - each, 0.0), max(each - per_pair_s["full", 1], 0.0)
@@ -178,7 +179,7 @@ def _times(name: str, kernel: Kernel, backend: Any, make_backend: MakeBackend, p
     rows, columns = min(COLD_ROWS, blocking.q_rows), min(COLD_ROWS, blocking.k_rows)
     computed_s = COLD_ROWS**2 * per_pair_s["full", rows * columns] + -(-COLD_ROWS // rows) * block_overhead_s
     work = Workload(q_len=COLD_ROWS, heads=COLD_HEADS, head_dim=kernel.head_dim, dtype=kernel.dtype)
-    nbytes = (pass_nbytes if name == "attend" else backward_pass_nbytes)(work, cold.tile())
+    nbytes = (pass_nbytes if name == "attend" else backward_pass_nbytes)(work, cold.cut()[0])
     passed_s = max(cold_s - overhead_s - COLD_HEADS * computed_s, 0.05 * cold_s)
     return Times(overhead_s, block_overhead_s, nbytes / passed_s, per_pair_s)
 
@@ -197,8 +198,9 @@ def _steady(measure: Callable[[], float], what: str) -> float:
     raise CalibrationError(f"{what}: no time that grows with the work in {TRIES} tries; calibrate again on a quieter machine")
 
 
-def _slope(name: str, kernel: Kernel, backend: Any, pass_rate: float, micro: _Shape) -> float:
+def _full(name: str, kernel: Kernel, make_backend: MakeBackend, pass_rate: float, micro: _Shape) -> float:
     """Seconds per pair of a micro-tile: what a longer row of them takes more than a short one, less the pass over its keys."""
+    backend = make_backend(Blocking(q_rows=micro.q_rows, k_rows=micro.k_rows, edge_rows=micro.q_rows))
     short, long = (
         cpu_time_s(_Bench.of(name, kernel, backend, micro._replace(k_rows=strip * micro.k_rows)).run) for strip in (1, STRIP)
     )
@@ -207,6 +209,18 @@ def _slope(name: str, kernel: Kernel, backend: Any, pass_rate: float, micro: _Sh
     if long - short <= passed_s:
         raise _Noise
     return (long - short - passed_s) / (added_keys * micro.q_rows)
+
+
+def _masked(name: str, kernel: Kernel, make_backend: MakeBackend, pass_rate: float, micro: _Shape) -> float:
+    """The same with a staircase of hidden pairs: as without, and what tiles of one micro-tile each take more where masked."""
+    longest = max(micro.q_rows, micro.k_rows)
+    backend = make_backend(Blocking(q_rows=longest, k_rows=longest, edge_rows=longest))
+    tiles = micro._replace(k_rows=STRIP * micro.k_rows, tiles=STRIP)
+    full, masked = (cpu_time_s(_Bench.of(name, kernel, backend, tiles._replace(masked=on)).run) for on in (False, True))
+    seconds = _full(name, kernel, make_backend, pass_rate, micro) + (masked - full) / (HEADS * tiles.k_rows * micro.q_rows)
+    if seconds <= 0:
+        raise _Noise
+    return seconds
 
 
 def _pass_rate(kernel: Kernel, backend: Any) -> float:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from .errors import WorkloadError
 from .tile import IntArray, Tile
 
@@ -41,6 +43,8 @@ class MicroTiles:
 class Blocking:
     """Micro-tiles of at most `q_rows` x `k_rows`; where a band cuts a block, strips of `edge_rows` follow its edge.
 
+    Strips of keys, as tall as the rows that see some of them, where the band ends one key later from row to row and the keys
+    are not cut off before: there the hidden pairs lie in the strip's first `edge_rows` rows. Elsewhere strips of queries.
     `exact` prices the visible pairs alone, as an ideal device would.
     """
 
@@ -61,21 +65,23 @@ class Blocking:
                 yield begin, end, (Panel(begin, end, 0, tile.k.count, False),)
             return
         low, high = tile.intervals()
+        even = tile.q.step == tile.k.step
         for begin in range(0, tile.q.count, self.q_rows):
             end = min(begin + self.q_rows, tile.q.count)
-            if panels := tuple(self._panels(low, high, begin, end)):
+            if panels := tuple(self._panels(low, high, begin, end, even)):
                 yield begin, end, panels
 
-    def _panels(self, low: IntArray, high: IntArray, begin: int, end: int) -> Iterator[Panel]:
+    def _panels(self, low: IntArray, high: IntArray, begin: int, end: int, even: bool) -> Iterator[Panel]:
         """The keys that the whole block sees in one panel; what lies left and right of them in strips."""
         first, last = int(low[begin]), int(high[end - 1])
         left, right = self._whole(int(low[end - 1]), int(high[begin]))
         if left >= right:
-            yield from self._strips(low, high, range(begin, end), range(first, last))
-            return
-        yield Panel(begin, end, left, right, False)
-        yield from self._strips(low, high, range(begin, end), range(first, left))
-        yield from self._strips(low, high, range(begin, end), range(right, last))
+            left = right = first
+        else:
+            yield Panel(begin, end, left, right, False)
+            yield from self._strips(low, high, range(begin, end), range(first, left))
+        cut = self._columns if even and low[end - 1] <= right else self._strips
+        yield from cut(low, high, range(begin, end), range(right, last))
 
     def _whole(self, begin: int, end: int) -> tuple[int, int]:
         """Keys that all rows see, as many as fill strips: a sliver of them is cheaper as part of what the band cuts."""
@@ -93,6 +99,22 @@ class Blocking:
                 if k_end > k_begin:
                     yield Panel(top, bottom, k_begin, k_end, bool(low[bottom - 1] > k_begin or high[top] < k_end))
 
+    def _columns(self, low: IntArray, high: IntArray, rows: range, keys: range) -> Iterator[Panel]:
+        """What rows see of keys, none of them cut off before `keys`: as many keys at a time as make one micro-tile.
+
+        A column has no more pairs than a strip of queries has, so that the figures of a device hold for both; what is longer
+        goes on as a panel that no band crosses.
+        """
+        width, height = sorted((self.edge_rows, self.k_rows))
+        for k_begin in range(keys.start, keys.stop, width):
+            k_end = min(k_begin + width, keys.stop)
+            top = rows.start + int(np.searchsorted(high[rows.start : rows.stop], k_begin, side="right"))
+            masked = bool(high[top] < k_end)
+            middle = min(top + height, rows.stop) if masked else rows.stop
+            yield Panel(top, middle, k_begin, k_end, masked)
+            if middle < rows.stop:
+                yield Panel(middle, rows.stop, k_begin, k_end, False)
+
     def scratch(self, width: int) -> dict[str, tuple[int, str]]:
         """One thread's buffers for tiles of heads up to `width` wide: elements, and dtype (``""``: that of computation)."""
         strip, rows, keys = self.edge_rows * self.k_rows, self.q_rows, self.k_rows
@@ -108,6 +130,7 @@ class Blocking:
             "ones": (keys, ""),
             "columns": (keys, "int32"),
             "stairs": (2 * (self.edge_rows + keys), "bool"),
+            "seen": (2 * (self.edge_rows + keys), ""),
         }
 
     def backward_scratch(self, head_dim: int, v_head_dim: int) -> dict[str, tuple[int, str]]:

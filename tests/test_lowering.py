@@ -75,7 +75,12 @@ def test_blocks_follow_one_another_and_hold_their_panels(blocking, tile):
         for panel in panels:
             assert begin <= panel.q_begin < panel.q_end <= end
             assert 0 <= panel.k_begin < panel.k_end <= tile.k.count
-            assert not panel.masked or panel.q_end - panel.q_begin <= blocking.edge_rows
+            rows, keys = panel.q_end - panel.q_begin, panel.k_end - panel.k_begin
+            if panel.masked and rows > blocking.edge_rows:
+                assert keys <= min(blocking.edge_rows, blocking.k_rows), "one micro-tile"
+                assert rows <= blocking.k_rows, "no more pairs than a strip of queries"
+                hidden = ~dense(tile)[panel.q_begin : panel.q_end, panel.k_begin : panel.k_end]
+                assert not hidden[blocking.edge_rows :].any(), "the rows below see all keys of a column"
         before = end
 
 
@@ -125,20 +130,50 @@ def test_a_causal_tile_is_cut_into_a_common_part_and_strips_along_the_diagonal()
     assert [(begin, end) for begin, end, _ in blocking.blocks(tile)] == [(0, 4), (4, 8)]
     assert [tuple(panel) for panel in all_panels(blocking, tile)] == [
         (0, 4, 0, 2, False),
-        (0, 2, 2, 3, True),
-        (2, 4, 2, 4, False),
-        (2, 4, 4, 5, True),
+        (1, 4, 2, 4, True),
+        (3, 4, 4, 5, False),
         (4, 8, 0, 6, False),
-        (4, 6, 6, 7, True),
-        (6, 8, 6, 8, False),
-        (6, 8, 8, 9, True),
+        (5, 8, 6, 8, True),
+        (7, 8, 8, 9, False),
     ]
     assert set(blocking.micro_tiles(tile)) == {
-        MicroTiles(4, 2, 1, True),
-        MicroTiles(2, 2, 2, False),
+        MicroTiles(2, 3, 2, True),
+        MicroTiles(2, 1, 1, False),
         MicroTiles(2, 4, 2, False),
         MicroTiles(1, 4, 4, False),
     }
+
+
+def test_a_column_goes_on_unmasked_where_it_is_taller_than_a_strip_of_queries_is_long():
+    q, k = Span(row=0, count=8, start=0), Span(row=0, count=4, start=0)
+    tile = Tile(batch=(0, 1), heads=(0, 1), q=q, k=k, lo=0)
+    assert [tuple(panel) for panel in all_panels(Blocking(q_rows=8, k_rows=4, edge_rows=2), tile)] == [
+        (0, 4, 0, 2, True),
+        (4, 8, 0, 2, False),
+        (2, 6, 2, 4, True),
+        (6, 8, 2, 4, False),
+    ]
+
+
+@pytest.mark.parametrize(("step", "lo", "hi"), [(2, 0, None), (1, 0, 5), (1, None, 3)])
+def test_strips_of_queries_follow_every_other_edge(step, lo, hi):
+    """Steps that differ, a band as narrow as a block, and keys that are cut off before the first one seen."""
+    q, k = Span(row=0, count=16, start=0, step=step), Span(row=0, count=16, start=0)
+    tile = Tile(batch=(0, 1), heads=(0, 1), q=q, k=k, lo=lo, hi=hi)
+    panels = all_panels(Blocking(q_rows=16, k_rows=16, edge_rows=4), tile)
+    masked = [panel for panel in panels if panel.masked]
+    assert masked
+    assert all(panel.q_end - panel.q_begin <= 4 for panel in masked)
+
+
+@REPEATABLE
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 9))
+def test_a_causal_square_computes_few_hidden_pairs(rows, before, edge):
+    """Half a strip's width more than is seen for each row: never more than edge_rows of them."""
+    q, k = Span(row=0, count=rows, start=before), Span(row=0, count=rows + before, start=0)
+    tile = Tile(batch=(0, 1), heads=(0, 1), q=q, k=k, lo=0)
+    computed = sum(micro.pairs for micro in Blocking(q_rows=4 * edge, k_rows=4 * edge, edge_rows=edge).micro_tiles(tile))
+    assert computed <= tile.pairs() + rows * (edge - 1) / 2 + edge**2 / 2
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (4, 4, -2)])

@@ -7,10 +7,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from ringsim.backends import numpy_attend
 from ringsim.backends.cpu import Cache
 from ringsim.backends.numpy import NumpyBackend, backward_blocking_for
 from ringsim.backends.numpy_backward import Scratch
-from ringsim.backends.numpy_micro import edges_of, hidden_pairs
+from ringsim.backends.numpy_micro import edges_of, hidden_pairs, pieces_of, seen_stairs
 from ringsim.dtypes import accumulator, numpy_dtype
 from ringsim.execution import execute
 from ringsim.lowering import Blocking
@@ -418,6 +419,7 @@ def test_a_micro_tiles_two_buffers_fit_the_level_2_cache(level2_nbytes, dtype, s
 def test_hidden_pairs_are_those_outside_the_band(band, steps):
     blocking = Blocking(q_rows=8, k_rows=5, edge_rows=4)
     scratch = Scratch.make(blocking, (1, 1), np.dtype(np.float32))
+    forward = numpy_attend.Scratch.make(blocking, 1, np.dtype(np.float32))
     for start in range(-12, 13, 2):
         q, k = Span(row=0, count=19, start=start, step=steps[0]), Span(row=0, count=17, start=0, step=steps[1])
         tile = Tile(batch=(0, 1), heads=(0, 1), q=q, k=k, lo=band[0], hi=band[1])
@@ -426,14 +428,16 @@ def test_hidden_pairs_are_those_outside_the_band(band, steps):
         outside = (distance < low) | (distance > high)
         edges, covered = edges_of(tile), np.zeros(outside.shape, bool)
         for _, _, panels in blocking.blocks(tile):
-            for panel in panels:
-                for begin in range(panel.k_begin, panel.k_end, blocking.k_rows):
-                    end = min(begin + blocking.k_rows, panel.k_end)
-                    part = slice(panel.q_begin, panel.q_end), slice(begin, end)
-                    hidden = hidden_pairs(edges, scratch, panel, begin, end)
-                    assert (hidden is None) == (not panel.masked)
-                    assert np.array_equal(outside[part], np.zeros(outside[part].shape, bool) if hidden is None else hidden)
-                    covered[part] = True
+            for piece in pieces_of(blocking, edges, panels):
+                part = slice(piece.q_begin, piece.q_end), slice(piece.k_begin, piece.k_end)
+                hidden, found = np.zeros(outside[part].shape, bool), hidden_pairs(edges, scratch, piece)
+                hidden[: piece.cut_rows] = False if found is None else found
+                assert (found is None) == (piece.cut_rows == 0)
+                assert np.array_equal(outside[part], hidden)
+                if piece.stair >= 0:
+                    seen = seen_stairs(forward.seen, found.shape, piece.stair)
+                    assert np.array_equal(seen, 1 - hidden[: piece.cut_rows])
+                covered[part] = True
         assert (covered | outside).all()
 
 

@@ -69,22 +69,18 @@ class _Shape(NamedTuple):
     k_rows: int
     heads: int
     layout_heads: int = LAYOUT_HEADS
-    tiles: int = 1
     masked: bool = False
 
-    def cut(self) -> tuple[Tile, ...]:
-        """The keys in so many tiles side by side. Masked, each query sees one key more; one key the last sees."""
-        keys = self.k_rows // self.tiles
+    def tile(self) -> Tile:
+        """The tile. In a masked one each query sees one key more; of a single key all but the last see none."""
         # steps that differ: an even staircase would begin with the first row that sees a key
-        start, step = (0, 1) if keys > 1 else (2 - 2 * self.q_rows, 2)
-        q = Span(row=0, count=self.q_rows, start=start, step=step)
-        ks = (Span(row=index * keys, count=keys, start=0) for index in range(self.tiles))
-        lo = 0 if self.masked else None
-        return tuple(Tile(batch=(0, 1), heads=(0, self.heads), q=q, k=k, lo=lo) for k in ks)
+        start, step = (0, 1) if self.k_rows > 1 else (2 - 2 * self.q_rows, 2)
+        q, k = Span(row=0, count=self.q_rows, start=start, step=step), Span(row=0, count=self.k_rows, start=0)
+        return Tile(batch=(0, 1), heads=(0, self.heads), q=q, k=k, lo=0 if self.masked else None)
 
     def operands(self, name: str, width: int) -> tuple[Sizes, Sizes]:
         """Shapes of what the kernel only reads, and of what it reads and writes, in the order of its regions."""
-        q_rows, k_rows, heads, layout_heads, *_ = self
+        q_rows, k_rows, heads, layout_heads, _ = self
         q_like, k_like = (1, q_rows, layout_heads, width), (1, k_rows, layout_heads, width)
         if name == "attend":
             state: Sizes = {"acc": (1, heads, q_rows, width), "max": (1, heads, q_rows), "sum": (1, heads, q_rows)}
@@ -117,7 +113,7 @@ class _Bench:
         regions = {of: Region(buffer=of, slot=0, shape=a.shape, dtype=a.dtype.name, value=of) for of, a in arrays.items()}
         writes = tuple(regions[of] for of in state)
         reads = tuple(regions[of] for of in inputs) + writes
-        op = Compute(id=0, step=0, phase=name, kernel=name, reads=reads, writes=writes, tiles=shape.cut())
+        op = Compute(id=0, step=0, phase=name, kernel=name, reads=reads, writes=writes, tiles=(shape.tile(),))
         return cls(backend, op, arrays)
 
     def run(self) -> None:
@@ -179,7 +175,7 @@ def _times(name: str, kernel: Kernel, backend: Any, make_backend: MakeBackend, p
     rows, columns = min(COLD_ROWS, blocking.q_rows), min(COLD_ROWS, blocking.k_rows)
     computed_s = COLD_ROWS**2 * per_pair_s["full", rows * columns] + -(-COLD_ROWS // rows) * block_overhead_s
     work = Workload(q_len=COLD_ROWS, heads=COLD_HEADS, head_dim=kernel.head_dim, dtype=kernel.dtype)
-    nbytes = (pass_nbytes if name == "attend" else backward_pass_nbytes)(work, cold.cut()[0])
+    nbytes = (pass_nbytes if name == "attend" else backward_pass_nbytes)(work, cold.tile())
     passed_s = max(cold_s - overhead_s - COLD_HEADS * computed_s, 0.05 * cold_s)
     return Times(overhead_s, block_overhead_s, nbytes / passed_s, per_pair_s)
 
@@ -212,12 +208,17 @@ def _full(name: str, kernel: Kernel, make_backend: MakeBackend, pass_rate: float
 
 
 def _masked(name: str, kernel: Kernel, make_backend: MakeBackend, pass_rate: float, micro: _Shape) -> float:
-    """The same with a staircase of hidden pairs: as without, and what tiles of one micro-tile each take more where masked."""
+    """The same with a staircase of hidden pairs: as without, and what each head of a tile of one micro-tile takes more for it."""
     longest = max(micro.q_rows, micro.k_rows)
     backend = make_backend(Blocking(q_rows=longest, k_rows=longest, edge_rows=longest))
-    tiles = micro._replace(k_rows=STRIP * micro.k_rows, tiles=STRIP)
-    full, masked = (cpu_time_s(_Bench.of(name, kernel, backend, tiles._replace(masked=on)).run) for on in (False, True))
-    seconds = _full(name, kernel, make_backend, pass_rate, micro) + (masked - full) / (HEADS * tiles.k_rows * micro.q_rows)
+    each = []
+    for masked in (False, True):
+        few, many = (
+            cpu_time_s(_Bench.of(name, kernel, backend, micro._replace(heads=heads, masked=masked)).run)
+            for heads in (1, LAYOUT_HEADS)
+        )
+        each.append((many - few) / (LAYOUT_HEADS - 1))
+    seconds = _full(name, kernel, make_backend, pass_rate, micro) + (each[1] - each[0]) / (micro.q_rows * micro.k_rows)
     if seconds <= 0:
         raise _Noise
     return seconds

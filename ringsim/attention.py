@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,10 @@ from .transport import Transport
 from .workload import Workload
 
 Array = npt.NDArray[Any]
+
+
+MOST_WORK: Final = 10_000
+"""Candidates to try when arrays are looked at for a common byte."""
 
 
 class Saved(NamedTuple):
@@ -125,8 +130,9 @@ class RingAttention:
         """The gradients dq, dk and dv of this rank's rows (made, or those given filled), from that of out, shaped as it is.
 
         Of the last call; with `saved`, the plan's `saved` after another one, of that: a plan serves many layers, each of which
-        keeps its own. All in the dtype of the workload. The tokens' order of summation follows from the schedule alone: equal
-        inputs give equal bits. Raises as a call does, ArrayError without a call before.
+        keeps its own. These are the caller's own arrays (also `out`, if it was given): they must be as they were. All in the
+        dtype of the workload. The order of summation follows from the schedule alone: equal inputs give equal bits. Raises as a
+        call does, also without a call before.
         Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
         """
         saved = saved or self.saved
@@ -155,7 +161,9 @@ class RingAttention:
         if packed:
             inputs, lse = [array[0] for array in inputs], lse[0]
         if pass_ == "forward":
-            self.saved = Saved(inputs[0], inputs[1], inputs[2], outputs[0], lse)
+            # an output over q leaves nothing to go back from
+            lost = _overlap(inputs[0], outputs[0])
+            self.saved = None if lost else Saved(inputs[0], inputs[1], inputs[2], outputs[0], lse)
         return outputs, lse
 
     def _rank_for(self, pass_: str) -> Rank:
@@ -296,9 +304,21 @@ def _check_apart(given: dict[str, Array], taken: dict[str, Array]) -> None:
     """Raise ArrayError where an output lies where an input does that is still needed when it is written."""
     for output, target in taken.items():
         for name, source in given.items():
-            # a row of out is written when its query has been used for the last time
-            if (output, name) != ("out", "q") and np.may_share_memory(source, target):
+            # a row of out is written when its query has been used for the last time, but for gradients
+            over = (output, name) == ("out", "q") and "dout" not in given
+            if not over and _overlap(source, target):
                 raise ArrayError(f"{output} shares memory with {name}, which may still be on its way when {output} is written")
+    for (one, target), (other, second) in combinations(taken.items(), 2):
+        if _overlap(target, second):
+            raise ArrayError(f"{other} shares memory with {one}: one would be written over the other")
+
+
+def _overlap(one: Array, other: Array) -> bool:
+    """Whether two arrays have a byte in common; also where that is too hard to tell. Slices of one packed array have none."""
+    try:
+        return bool(np.shares_memory(one, other, max_work=MOST_WORK))
+    except np.exceptions.TooHardError:
+        return True
 
 
 def _backend(transport: Transport, threads: int | None) -> Any:

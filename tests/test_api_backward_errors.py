@@ -119,3 +119,38 @@ def test_a_strategy_without_a_backward_pass_says_so():
             Schedule(workload=replace(plan.schedule.workload, pass_="both"), world_size=2, strategy=name)
     finally:
         del STRATEGIES[name]
+
+
+def test_an_output_over_q_leaves_nothing_to_go_back_from():
+    q, k, v, dout = four(seq=6, kv_heads=4)
+    work = replace(workload(q, k, v, False), v_head_dim=8)
+    plan = ringsim.RingAttention(work)
+    k, v, dout = q.copy(), q.copy(), q.copy()
+    plan(q, k, v, out=q)
+    with pytest.raises(RankMismatch, match="there is no call to go back from"):
+        plan.backward(dout)
+    with pytest.raises(RankMismatch, match="rank 0: out shares memory with q"):
+        plan.both(q, k, v, dout, out=q)
+
+
+def test_gradients_may_not_share_memory():
+    q, k, v, dout = four(seq=6, kv_heads=4)
+    work = replace(workload(q, k, v, False), v_head_dim=8)
+    plan = ringsim.RingAttention(work)
+    k, v, dout, room = (q.copy() for _ in range(4))
+    plan(q, k, v)
+    with pytest.raises(RankMismatch, match="rank 0: dv shares memory with dk"):
+        plan.backward(dout, dk=room, dv=room)
+
+
+def test_gradients_may_be_slices_of_one_array():
+    q, k, v, dout = four(seq=6, kv_heads=4)
+    work = replace(workload(q, k, v, False), v_head_dim=8)
+    plan = ringsim.RingAttention(work)
+    k, v, dout = q.copy(), q.copy(), q.copy()
+    plan(q, k, v)
+    expected = plan.backward(dout)
+    packed = np.zeros((*q.shape[:2], 3, *q.shape[2:]), q.dtype)
+    plan.backward(dout, **{name: packed[:, :, index] for index, name in enumerate(("dq", "dk", "dv"))})
+    for index, gradient in enumerate(expected):
+        assert np.array_equal(packed[:, :, index], gradient)

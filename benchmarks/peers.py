@@ -188,8 +188,7 @@ def line(row: Row, what: str, ours: list[Row]) -> str:
         return f"| {row['name']} | {state} {'| ' * (width - 2)}|"
     found = row["passes"][what]
     rounds = found["rounds"]
-    cpu_s = [used for one in rounds for used in one["cpu_s"]]
-    cells = [row["name"], spread(times(row, what), 1e3), f"{statistics.median(cpu_s) * 1e3:.0f}"]
+    cells = [row["name"], spread(times(row, what), 1e3), f"{cpu_ms(row, what):.0f}"]
     cells += [spread(ratios(row, mine, what), digits=2) for mine in ours]
     cells += [f"{error:.1e}" for error in found["errors"].values()]
     others = max(one["others_cores"] for one in rounds)
@@ -205,7 +204,16 @@ def verdicts(rows: list[Row], ours: list[Row], what: str) -> list[str]:
     if not peers or not ours:
         return []
     fastest = min(peers, key=lambda row: statistics.median(times(row, what)))
-    return [f"{mine['name']}: {spread(ratios(fastest, mine, what), digits=2)} x {fastest['name']}" for mine in ours]
+    found = []
+    for mine in ours:
+        wall, used = spread(ratios(fastest, mine, what), digits=2), cpu_ms(fastest, what) / cpu_ms(mine, what)
+        found.append(f"{mine['name']}: {fastest['name']} takes {wall} x its time, {used:.2f} x its CPU time")
+    return found
+
+
+def cpu_ms(row: Row, what: str) -> float:
+    """Median over all calls: processor time of all ranks."""
+    return statistics.median(used * 1e3 for one in row["passes"][what]["rounds"] for used in one["cpu_s"])
 
 
 def tables(rows: list[Row]) -> str:
@@ -219,7 +227,7 @@ def tables(rows: list[Row]) -> str:
             head += [*(f"error {name}" for name in names), "right", "peak MB per rank", "others"]
             parts += [f"\n### seq {seq}, {what}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
             parts += [line(row, what, ours) for row in some]
-            parts += [f"\nFastest right peer over {verdict}" for verdict in verdicts(some, ours, what)]
+            parts += [f"\nFastest right peer against {verdict}." for verdict in verdicts(some, ours, what)]
     return "\n".join(parts) + "\n"
 
 

@@ -99,10 +99,10 @@ def dense(threads: int) -> Contender:
 
 def contenders(*, variants: bool) -> tuple[Contender, ...]:
     """All, each peer as it does best here; with `variants` also the settings that were found no better."""
-    chosen = (*ringsims(), torch_ring(1), torch_ring(2), jax(128), lucidrains(512), yunchang(1), dense(2))
+    chosen = (*ringsims(), torch_ring(1), torch_ring(2), jax(256), lucidrains(256), yunchang(1), dense(2))
     if not variants:
         return chosen
-    return (*chosen, torch_ring(1, "ALL_TO_ALL"), jax(64), jax(256), jax(512), lucidrains(256), lucidrains(1024))
+    return (*chosen, torch_ring(1, "ALL_TO_ALL"), jax(64), jax(128), jax(512), lucidrains(128), lucidrains(512), lucidrains(1024))
 
 
 def install(folder: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
 
-from ringsim.backends import numpy_attend, numpy_backward, numpy_state
+from ringsim.backends import numpy_attend, numpy_backward, numpy_bounds, numpy_state
 from ringsim.backends.cpu import Cache, detect_cache, one_blas_thread
 from ringsim.backends.numpy_attend import AttendTile, Head
 from ringsim.backends.numpy_backward import BackwardTile, Operands
+from ringsim.backends.numpy_bounds import largest_norms, value_squares
 from ringsim.backends.numpy_micro import Array, Edges, Piece, edges_of, pieces_of, widen
 from ringsim.backends.numpy_share import Poll, share
 from ringsim.errors import ArrayError
@@ -19,6 +20,8 @@ from ringsim.schedule.ops import Compute, Region
 from ringsim.tile import Tile
 
 Fetch = Callable[[Region], Array]
+Prepared = dict[tuple[int, ...], tuple[Head, ...]]
+"""Heads of the keys and values of one op, by (batch, first head, last head, first row, rows)."""
 
 PASSES: Final = {
     "reset": numpy_state.reset,
@@ -102,30 +105,46 @@ class NumpyBackend:
     def _attend(self, op: Compute, fetch: Fetch, scale: float, poll: Poll) -> None:
         q, k, v = (fetch(region) for region in op.reads[:3])
         state = tuple(fetch(region) for region in op.writes)
+        kvs: Prepared = {}
+        norms: numpy_bounds.Norms = {}
         for tile in op.tiles:
-            kernel = AttendTile(tile, self.blocking(op.writes[0].dtype), q, state, scale, edges_of(tile))
+            kernel = AttendTile(tile, self.blocking(op.writes[0].dtype), q, state, scale, edges_of(tile), norms)
             scratch = [self._scratch_of(kernel, thread) for thread in range(self.threads)]
-            share(self._items(kernel, k, v), scratch, kernel, poll)
+            share(self._items(kernel, k, v, kvs), scratch, kernel, poll)
 
-    def _items(self, kernel: AttendTile, k: Array, v: Array) -> Iterator[numpy_attend.Item]:
-        """Work items, key/value head by head so that its conversion and its norms are made once."""
-        tile, dtype = kernel.tile, kernel.state[0].dtype
+    def _items(self, kernel: AttendTile, k: Array, v: Array, prepared: Prepared) -> Iterator[numpy_attend.Item]:
+        """Work items, key/value head by head so that its conversion is made once."""
+        tile = kernel.tile
         group = kernel.q.shape[2] // k.shape[2]
         blocks = _pieces(kernel.blocking, tile, kernel.edges)
-        rows = slice(tile.k.row, tile.k.row + tile.k.count)
+        kv_heads = tile.heads[0] // group, -(-tile.heads[1] // group)
         for batch in range(*tile.batch):
-            for kv_head in range(tile.heads[0] // group, -(-tile.heads[1] // group)):
-                kv = self.prepare_head(k[batch, rows, kv_head], v[batch, rows, kv_head], dtype)
+            norms = [kernel.query_norms(batch, begin, end) for begin, end, _ in blocks]
+            for kv_head, kv in enumerate(self._kvs(kernel, k[batch], v[batch], (batch, *kv_heads), prepared), kv_heads[0]):
                 for head in range(max(tile.heads[0], kv_head * group), min(tile.heads[1], (kv_head + 1) * group)):
-                    for begin, end, pieces in blocks:
-                        yield numpy_attend.Item(batch, head, kv, begin, end, pieces)
+                    for block_norms, (begin, end, pieces) in zip(norms, blocks, strict=True):
+                        yield numpy_attend.Item(batch, head, kv, begin, end, pieces, block_norms[head - tile.heads[0]])
 
-    def prepare_head(self, keys: Array, values: Array, dtype: np.dtype[Any]) -> Head:
-        """What is done once per key/value head of a tile: convert to `dtype`, find the norms that bounds rest on."""
-        if keys.dtype != dtype:
-            keys, values = self._widen("k", keys, dtype), self._widen("v", values, dtype)
-        key_norm = float(np.sqrt(np.einsum("ij,ij->i", keys, keys).max())) if keys.size else 0.0
-        return Head(keys, values, key_norm, float(np.einsum("ij,ij->", values, values)))
+    def _kvs(self, kernel: AttendTile, k: Array, v: Array, where: tuple[int, int, int], prepared: Prepared) -> Iterable[Head]:
+        """Prepared heads of one sequence of k and v; where they are views other tiles of the op may share them."""
+        span, dtype, key = kernel.tile.k, kernel.state[0].dtype, (*where, kernel.tile.k.row, kernel.tile.k.count)
+        part = slice(span.row, span.row + span.count), slice(*where[1:])
+        if k.dtype != dtype:
+            return self.prepare_heads(k[part], v[part], dtype)
+        if key not in prepared:
+            prepared[key] = tuple(self.prepare_heads(k[part], v[part], dtype))
+        return prepared[key]
+
+    def prepare_heads(self, keys: Array, values: Array, dtype: np.dtype[Any]) -> Iterator[Head]:
+        """What is done once for keys and values (rows, heads, width): convert to `dtype`, find the norms that bounds rest on."""
+        if keys.dtype == dtype:
+            norms, squares = largest_norms(keys), value_squares(values)
+            for head, (norm, square) in enumerate(zip(norms, squares, strict=True)):
+                yield Head(keys[:, head], values[:, head], norm, square)
+            return
+        for head in range(keys.shape[1]):
+            wide, wide_values = self._widen("k", keys[:, head], dtype), self._widen("v", values[:, head], dtype)
+            yield Head(wide, wide_values, *largest_norms(wide[:, None]), *value_squares(wide_values[:, None]))
 
     def _widen(self, name: str, source: Array, dtype: np.dtype[Any]) -> Array:
         """A half-precision head in the dtype of computation; with threads each head is its own, for others still read it."""

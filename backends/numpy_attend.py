@@ -7,22 +7,18 @@ arXiv 2307.08691, section 3.1). The reference need only keep exp in range: where
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ringsim.backends.numpy_bounds import BOUNDS, Norms, largest_norms, open_rows
 from ringsim.backends.numpy_micro import Array, Edges, Hidden, Piece, hidden_pairs, seen_stairs, set_strip, widen
 from ringsim.backends.numpy_share import Poll
 from ringsim.lowering import Blocking
 from ringsim.tile import Tile
-
-BOUNDS: Final = {"float32": (40.0, 1e24), "float64": (300.0, 1e100)}
-"""|score| and the sum of squared values below which no sum of exp(score) x value over 1e9 keys leaves the dtype's range.
-
-Above, not below: in float32 values smaller than about 1e-20 may lose relative accuracy where all scores of a row are near -40.
-"""
 
 
 @dataclass(slots=True)
@@ -87,6 +83,8 @@ class Item(NamedTuple):
     begin: int
     end: int
     pieces: tuple[Piece, ...]
+    query_norm: float
+    """No less than a scaled query's; NaN: still to be found; inf where the reference of some row is neither 0 nor open."""
 
 
 @dataclass(slots=True)
@@ -99,6 +97,19 @@ class AttendTile:
     state: tuple[Array, ...]
     scale: float
     edges: Edges | None
+    norms: Norms
+    """Norms of the queries of the op, found once for the tiles that share them."""
+
+    def query_norms(self, batch: int, begin: int, end: int) -> list[float]:
+        """`Item.query_norm` of each head of the tile for a block of rows none of which has been folded yet."""
+        (first, last), row = self.tile.heads, self.tile.q.row
+        opened = open_rows(self.state[1][batch, first:last, row + begin : row + end])
+        if self.q.dtype != self.state[0].dtype:
+            return [math.nan if is_open else math.inf for is_open in opened]
+        key = (batch, first, last, row + begin, row + end)
+        if key not in self.norms:
+            self.norms[key] = largest_norms(self.q[batch, row + begin : row + end, first:last])
+        return [norm * self.scale if is_open else math.inf for norm, is_open in zip(self.norms[key], opened, strict=True)]
 
     def __call__(self, scratch: Scratch, poll: Poll, item: Item) -> None:
         """Fold the keys of one head into one block of query rows."""
@@ -106,7 +117,7 @@ class AttendTile:
         rows = slice(first + item.begin, first + item.end)
         queries = self._scaled(scratch, self.q[item.batch, rows, item.head])
         state = _Rows(queries, *(array[item.batch, item.head, rows] for array in self.state))
-        bounded = self._bounded(scratch, state, item.kv)
+        bounded = _bounded(queries, item)
         for piece in item.pieces:
             whole = piece.q_end - piece.q_begin == item.end - item.begin
             part = state if whole else state.part(piece.q_begin - item.begin, piece.q_end - item.begin)
@@ -126,12 +137,12 @@ class AttendTile:
         np.multiply(source if source.dtype == queries.dtype else widen(source, queries), scale, out=queries)
         return queries
 
-    def _bounded(self, scratch: Scratch, rows: _Rows, kv: Head) -> bool:
-        """Whether every score is provably within the bound, values are moderate, and the rows' reference is 0 or not yet set."""
-        bound, most_square = BOUNDS[rows.queries.dtype.name]
-        norms = np.einsum("ij,ij->i", rows.queries, rows.queries, out=scratch.row_sum[: len(rows.queries)])
-        largest = float(np.sqrt(norms.max())) * kv.key_norm
-        return largest < bound and kv.value_square < most_square and bool(np.all((rows.max == 0) | (rows.max == -np.inf)))
+
+def _bounded(queries: Array, item: Item) -> bool:
+    """Whether every score is provably within the bound, values are moderate, and the rows' reference is 0 or not yet set."""
+    bound, most_square = BOUNDS[queries.dtype]
+    norm = largest_norms(queries[:, None])[0] if math.isnan(item.query_norm) else item.query_norm
+    return norm * item.kv.key_norm < bound and item.kv.value_square < most_square
 
 
 def _fold_bounded(scratch: Scratch, rows: _Rows, kv: Head, piece: Piece, edges: Edges | None) -> None:

@@ -13,7 +13,7 @@ from .workload import Workload
 
 SIZES: Final = {"bool": 1, "int32": 4}
 ROWS_AT_ONCE: Final = 256
-"""Of what `delta` widens."""
+"""Of what `delta` widens, and of which the forward finds norms."""
 
 
 def scratch_nbytes(program: Iterable[Op], workload: Workload, cut: Mapping[str, Blocking], threads: int) -> int:
@@ -58,6 +58,9 @@ def _passing(op: Compute, workload: Workload, itemsize: int) -> int:
         # some rows of out and dout, widened
         batch, rows, heads, width = op.reads[0].sizes
         return 2 * min(rows, ROWS_AT_ONCE) * heads * width * itemsize if batch else 0
-    # forward the norms of a head's keys; the edges of rows under a band
-    norms = itemsize if op.kernel == "attend" else 0
-    return max((max(tile.k.count * norms, 48 * tile.q.count if tile.masked else 0) for tile in op.tiles), default=0)
+    # forward the norms of some rows of all heads; the edges of rows under a band
+    norms = ROWS_AT_ONCE * itemsize if op.kernel == "attend" else 0
+    edges = (48 * tile.q.count if tile.masked else 0 for tile in op.tiles)
+    return max(
+        (max((tile.heads[1] - tile.heads[0]) * norms, edge) for tile, edge in zip(op.tiles, edges, strict=True)), default=0
+    )

@@ -80,8 +80,10 @@ class Blocking:
         else:
             yield Panel(begin, end, left, right, False)
             yield from self._strips(low, high, range(begin, end), range(first, left))
-        cut = self._columns if even and low[end - 1] <= right else self._strips
-        yield from cut(low, high, range(begin, end), range(right, last))
+        if even and low[end - 1] <= right:
+            yield from self._columns(high, range(begin, end), range(right, last))
+        else:
+            yield from self._strips(low, high, range(begin, end), range(right, last))
 
     def _whole(self, begin: int, end: int) -> tuple[int, int]:
         """Keys that all rows see, as many as fill strips: a sliver of them is cheaper as part of what the band cuts."""
@@ -99,21 +101,22 @@ class Blocking:
                 if k_end > k_begin:
                     yield Panel(top, bottom, k_begin, k_end, bool(low[bottom - 1] > k_begin or high[top] < k_end))
 
-    def _columns(self, low: IntArray, high: IntArray, rows: range, keys: range) -> Iterator[Panel]:
+    def _columns(self, high: IntArray, rows: range, keys: range) -> Iterator[Panel]:
         """What rows see of keys, none of them cut off before `keys`: as many keys at a time as make one micro-tile.
 
-        A column has no more pairs than a strip of queries has, so that the figures of a device hold for both; what is longer
-        goes on as a panel that no band crosses.
+        Rows are taken so many at a time that a column has no more pairs than a strip of queries: the figures of a device hold for
+        both.
         """
         width, height = sorted((self.edge_rows, self.k_rows))
-        for k_begin in range(keys.start, keys.stop, width):
-            k_end = min(k_begin + width, keys.stop)
-            top = rows.start + int(np.searchsorted(high[rows.start : rows.stop], k_begin, side="right"))
-            masked = bool(high[top] < k_end)
-            middle = min(top + height, rows.stop) if masked else rows.stop
-            yield Panel(top, middle, k_begin, k_end, masked)
-            if middle < rows.stop:
-                yield Panel(middle, rows.stop, k_begin, k_end, False)
+        for begin in range(rows.start, rows.stop, height) if keys else ():
+            end = min(begin + height, rows.stop)
+            whole = max(int(high[begin]) - keys.start, 0) // width * width
+            if whole:
+                yield Panel(begin, end, keys.start, keys.start + whole, False)
+            for k_begin in range(keys.start + whole, last := int(high[end - 1]), width):
+                k_end = min(k_begin + width, last)
+                top = begin + int(np.searchsorted(high[begin:end], k_begin, side="right"))
+                yield Panel(top, end, k_begin, k_end, bool(high[top] < k_end))
 
     def scratch(self, width: int) -> dict[str, tuple[int, str]]:
         """One thread's buffers for tiles of heads up to `width` wide: elements, and dtype (``""``: that of computation)."""

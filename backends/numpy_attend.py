@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ringsim.backends.numpy_bounds import BOUNDS, Norms, largest_norms, open_rows
+from ringsim.backends.numpy_bounds import BOUNDS, Norms, exponential, largest_norms, open_rows
 from ringsim.backends.numpy_micro import Array, Edges, Hidden, Piece, hidden_pairs, seen_stairs, set_strip, widen
 from ringsim.backends.numpy_share import Poll
 from ringsim.lowering import Blocking
@@ -115,9 +115,8 @@ class AttendTile:
         """Fold the keys of one head into one block of query rows."""
         first = self.tile.q.row
         rows = slice(first + item.begin, first + item.end)
-        queries = self._scaled(scratch, self.q[item.batch, rows, item.head])
+        bounded, queries = self._queries(scratch, self.q[item.batch, rows, item.head], item)
         state = _Rows(queries, *(array[item.batch, item.head, rows] for array in self.state))
-        bounded = _bounded(queries, item)
         for piece in item.pieces:
             whole = piece.q_end - piece.q_begin == item.end - item.begin
             part = state if whole else state.part(piece.q_begin - item.begin, piece.q_end - item.begin)
@@ -130,24 +129,29 @@ class AttendTile:
         if bounded:
             np.copyto(state.max, 0, where=state.sum > 0)
 
-    def _scaled(self, scratch: Scratch, source: Array) -> Array:
-        """The queries times softmax_scale, dense and in the dtype of computation."""
+    def _queries(self, scratch: Scratch, source: Array, item: Item) -> tuple[bool, Array]:
+        """Whether every score is provably within the bound, values are moderate, and the rows' reference is 0 or not yet set.
+
+        And the queries times softmax_scale, where it is so in the units of `exponential`.
+        """
+        (bound, most_square), norm = BOUNDS[scratch.scores.dtype], item.query_norm
+        if math.isnan(norm):
+            norm = largest_norms(self._scaled(scratch, source, self.scale)[:, None])[0]
+        bounded = norm * item.kv.key_norm < bound and item.kv.value_square < most_square
+        return bounded, self._scaled(
+            scratch, source, self.scale * exponential(scratch.scores.dtype)[1] if bounded else self.scale
+        )
+
+    def _scaled(self, scratch: Scratch, source: Array, scale: float) -> Array:
+        """The queries times `scale`, dense and in the dtype of computation."""
         queries = scratch.queries[: source.size].reshape(source.shape)
-        scale = queries.dtype.type(self.scale)
-        np.multiply(source if source.dtype == queries.dtype else widen(source, queries), scale, out=queries)
+        np.multiply(source if source.dtype == queries.dtype else widen(source, queries), queries.dtype.type(scale), out=queries)
         return queries
-
-
-def _bounded(queries: Array, item: Item) -> bool:
-    """Whether every score is provably within the bound, values are moderate, and the rows' reference is 0 or not yet set."""
-    bound, most_square = BOUNDS[queries.dtype]
-    norm = largest_norms(queries[:, None])[0] if math.isnan(item.query_norm) else item.query_norm
-    return norm * item.kv.key_norm < bound and item.kv.value_square < most_square
 
 
 def _fold_bounded(scratch: Scratch, rows: _Rows, kv: Head, piece: Piece, edges: Edges | None) -> None:
     scores = _scores(scratch, rows, kv)
-    np.exp(scores, out=scores)
+    exponential(scores.dtype)[0](scores, out=scores)
     cut = scores[: piece.cut_rows]
     if piece.stair >= 0:
         # every exp is finite here: a product with 0 is 0, and much faster than a masked copy

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ringsim.backends.numpy_bounds import BOUNDS, largest_norms, open_rows, value_squares
+from ringsim.backends import numpy_bounds
+from ringsim.backends.numpy_bounds import BOUNDS, exponential, largest_norms, open_rows, value_squares
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -43,3 +44,21 @@ def test_a_sum_of_squares_is_never_too_small(dtype):
 def test_rows_are_open_where_their_reference_is_zero_or_not_yet_set():
     row_max = np.array([[0, -np.inf, 0], [0, 1, 0], [-np.inf] * 3, [0, np.nan, 0], [0, np.inf, 0]], np.float32)
     assert open_rows(row_max) == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_exponential_is_exp_within_the_bound(dtype):
+    function, factor = exponential(np.dtype(dtype))
+    bound = BOUNDS[np.dtype(dtype)][0]
+    scores = np.linspace(-bound, bound, 10001, dtype=dtype)
+    exact = np.exp(scores.astype(np.longdouble))
+    # the argument is rounded, and what is rounded there is an absolute error of the exponent
+    assert np.abs(function(scores * dtype(factor)) / exact - 1).max() < 2 * bound * np.finfo(dtype).eps
+
+
+def test_the_exponential_is_exp_where_there_is_no_vector_code(monkeypatch):
+    for kinds in ({}, {"ff": {"current": "baseline(X86_V2)"}}, {"ff": {}}):
+        monkeypatch.setattr(numpy_bounds, "opt_func_info", lambda kinds=kinds, **_: {"exp2": kinds})
+        assert exponential.__wrapped__(np.dtype(np.float32)) == (np.exp, 1.0)
+    monkeypatch.setattr(numpy_bounds, "opt_func_info", lambda **_: {"exp2": {"ff": {"current": "AVX512_SKX"}}})
+    assert exponential.__wrapped__(np.dtype(np.float32)) == (np.exp2, 1 / np.log(2))

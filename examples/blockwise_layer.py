@@ -222,7 +222,8 @@ def main():
 
     rows, width, block = 512, 64, 32
     print(f"\nfeed-forward of {rows} tokens, {block} at a time, width {width}, float64: kB that it holds beside x and weights")
-    print(f"{'hidden':>6}  {'forward':>7}  {'all at once':>11}  {'backward':>8}  {'all at once':>11}  as measured, to 1 %")
+    print("the last column says whether those of blocks are as measured, to 1 %; those of all at once are the same formulas")
+    print(f"{'hidden':>6}  {'forward':>7}  {'all at once':>11}  {'backward':>8}  {'all at once':>11}  as measured")
     for hidden in (width, 4 * width, 16 * width):
         held, whole = held_nbytes(rows, width, hidden, block), held_nbytes(rows, width, hidden, rows)
         measured = peaks(rows, width, hidden, block, rng)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import RingAttention, ring_attention, ring_attention_backward
+    from .attention import RingAttention, Saved, ring_attention, ring_attention_backward
     from .breakeven import Breakeven, find_breakeven
     from .comparison import Comparison, compare
     from .errors import RingsimError
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "RingAttention": "attention",
+    "Saved": "attention",
     "ring_attention": "attention",
     "ring_attention_backward": "attention",
     "shard": "sharding",
@@ -76,6 +77,7 @@ __all__ = [
     "PrefixLM",
     "RingAttention",
     "RingsimError",
+    "Saved",
     "Schedule",
     "Timeline",
     "Topology",

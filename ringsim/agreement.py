@@ -82,6 +82,14 @@ def raise_common(transport: Transport, complaint: str | None) -> None:
     _raise_if_any(transport.allgather(complaint))
 
 
+def same_call(transport: Transport, complaint: str | None, call: str) -> None:
+    """Raise RankMismatch on every rank if any has a complaint, or unless all make the same call; collective."""
+    said = transport.allgather((complaint, call))
+    _raise_if_any([message for message, _ in said])
+    calls = [{"pass": made} for _, made in said]
+    _raise_if_any([_difference(made, calls) for made in calls])
+
+
 def same_settings(transport: Transport, settings: dict[str, Any]) -> None:
     """Raise RankMismatch on every rank unless all have the same settings; collective."""
     said = transport.allgather(settings)

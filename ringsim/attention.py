@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from .execution import Rank, clock
 from .footprint import Footprint, weigh
 from .mask import Mask
 from .schedule import Schedule
+from .schedule.job import GIVEN
 from .tile import IntArray
 from .timeline import Timeline, gather
 from .transport import Transport
@@ -27,29 +28,45 @@ from .workload import Workload
 Array = npt.NDArray[Any]
 
 
+NOTHING_SAVED: Final = (
+    "there is nothing to go back from: call the plan first, with a place of its own for `out`, or give `saved`: q, k, v, out "
+    "and lse"
+)
 MOST_WORK: Final = 10_000
 """Candidates to try when arrays are looked at for a common byte."""
 
 
-class Saved(NamedTuple):
-    """What the backward pass needs of a forward one: this rank's q, k, v, out and lse, as the caller sees them."""
+class _Arrays(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
 
-    q: Array
-    k: Array
-    v: Array
-    out: Array
-    lse: Array
+
+class Saved(_Arrays):
+    """What the backward pass needs of a forward one: this rank's q, k, v, out and lse, as the caller sees them.
+
+    `call` is the plan's number of that call, by which ranks see that all go back through the same one; 0 if nobody knows.
+    """
+
+    call = 0
+
+    def of_call(self, number: int) -> Saved:
+        """The same arrays, as those of this call."""
+        self.call = number
+        return self
 
 
 class RingAttention:
     """A plan: the schedule of `workload` on `comm`, its buffers made once, to be called many times.
 
     `comm` is an mpi4py communicator (any sub-communicator; it is duplicated), a `ringsim.transport.Transport`, or None for
-    this process alone. `partition` is a text such as ``zigzag`` (docs/partitions.md), `strategy` one such as ``double-ring(8)``
-    (docs/strategies.md), `sync` ``free`` or ``step``. `threads` defaults to the cores of the host over its ranks. With
-    ``check=False`` a call no longer compares shapes between ranks. The program of the workload's pass is made at once, that of
-    another when it is first called; slots are shared.
-    Every method that runs is collective. Raises WorkloadError, RankMismatch, MissingDependency.
+    this process alone. `partition` is a text such as ``zigzag`` (docs/partitions.md), `strategy` one such as
+    ``double-ring(8)`` (docs/strategies.md), `sync` ``free`` or ``step``. `threads` defaults to the cores of the host over its
+    ranks. With ``check=False`` a call no longer compares shapes, passes and calls between ranks. The program of the workload's
+    pass is made at once, that of another when it is first called; slots are shared. Every method that runs is collective.
+    Raises WorkloadError, RankMismatch, MissingDependency.
     """
 
     def __init__(
@@ -76,7 +93,10 @@ class RingAttention:
         self._ranks = {workload.pass_: self._rank}
         self._check = check
         self._clock = clock.offsets(self._transport)
+        self.calls = 0
+        """Runs so far."""
         self.saved: Saved | None = None
+        self._closed = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -102,7 +122,7 @@ class RingAttention:
 
     @property
     def footprint(self) -> Footprint:
-        """What this rank holds while it runs, the caller's arrays included, by class: the model's answer."""
+        """What this rank holds while it runs the workload's pass, the caller's arrays included, by class: the model's answer."""
         dtype, backend = accumulator(self.schedule.workload.dtype), self._backend
         cut = {"blocking": backend.blocking(dtype), "backward_blocking": backend.backward_blocking(dtype)}
         return weigh(self.schedule, self._transport.rank, **cut, threads=backend.threads)
@@ -110,6 +130,7 @@ class RingAttention:
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Array:
         """Attention of the local shards; returns this rank's rows of the output (or fills and returns `out`).
 
+        The plan keeps references to the arrays of this call in `saved`, for `backward`, until the next call or until it is None.
         Shapes as in `shapes`, or, if the workload has one sequence, without the first axis, as is then what is returned; dtype
         that of the workload; anything with ``__dlpack__`` or the buffer protocol. Raises RankMismatch on every rank if a
         shard does not fit on one, PeerTimeout if a peer does not come.
@@ -117,10 +138,7 @@ class RingAttention:
         return self.with_lse(q, k, v, out=out)[0]
 
     def with_lse(self, q: Any, k: Any, v: Any, *, out: Any = None) -> tuple[Array, Array]:
-        """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials.
-
-        `saved` then holds this call's arrays, for `backward`, until the next call or until it is set to None.
-        """
+        """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials."""
         (result,), lse = self._run("forward", {"q": q, "k": k, "v": v}, {"out": out})
         return result, lse
 
@@ -129,15 +147,16 @@ class RingAttention:
     ) -> tuple[Array, Array, Array]:
         """The gradients dq, dk and dv of this rank's rows (made, or those given filled), from that of out, shaped as it is.
 
-        Of the last call; with `saved`, the plan's `saved` after another one, of that: a plan serves many layers, each of which
-        keeps its own. These are the caller's own arrays (also `out`, if it was given): they must be as they were. All in the
-        dtype of the workload. The order of summation follows from the schedule alone: equal inputs give equal bits. Raises as a
-        call does, also without a call before.
-        Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
+        Of the last call; with `saved`, the plan's `saved` after another one (or any five of q, k, v, out and lse), of that: a
+        plan serves many layers, each of which keeps its own. These are the caller's own arrays (also `out`, if it was given):
+        they must be as they were. All in the dtype of the workload. The order of summation follows from the schedule alone:
+        equal inputs give equal bits. Raises as a call does, also without a call before. Source: FlashAttention-2, arXiv
+        2307.08691, algorithm 2.
         """
-        saved = saved or self.saved
-        given = {**({} if saved is None else saved._asdict()), "dout": dout}
-        made, _ = self._run("backward", given, {"dq": dq, "dk": dk, "dv": dv})
+        found = self.saved if saved is None else saved
+        given = dict(zip(Saved._fields, found, strict=False)) if isinstance(found, tuple | list) else {}
+        call = found.call if isinstance(found, Saved) else 0
+        made, _ = self._run("backward", given | {"dout": dout}, {"dq": dq, "dk": dk, "dv": dv}, call=call)
         return made[0], made[1], made[2]
 
     def both(
@@ -148,22 +167,25 @@ class RingAttention:
         made, _ = self._run("both", given, taken)
         return made[0], made[1], made[2], made[3]
 
-    def _run(self, pass_: str, given: dict[str, Any], taken: dict[str, Any]) -> tuple[list[Array], Array]:
+    def _run(self, pass_: str, given: dict[str, Any], taken: dict[str, Any], *, call: int = 0) -> tuple[list[Array], Array]:
         """Run a pass on what the caller gives; what it makes, as the caller sees it, and lse."""
+        if self._closed:
+            raise WorkloadError("the plan is closed: make a new one")
         rank = self._rank_for(pass_)
         complaint, inputs, outputs, packed = self._prepare(rank, given, taken)
         if self._check:
-            agreement.raise_common(self._transport, complaint)
+            agreement.same_call(self._transport, complaint, f"{pass_}{f' of call {call}' if call else ''}")
         elif complaint is not None:
             raise ArrayError(f"rank {self._transport.rank}: {complaint}")
         lse = rank.run(*inputs, *(array[None] if packed else array for array in outputs))
         self._last = rank
+        self.calls += 1
         if packed:
             inputs, lse = [array[0] for array in inputs], lse[0]
-        if pass_ == "forward":
+        if pass_ != "backward":
             # an output over q leaves nothing to go back from
             lost = _overlap(inputs[0], outputs[0])
-            self.saved = None if lost else Saved(inputs[0], inputs[1], inputs[2], outputs[0], lse)
+            self.saved = None if lost else Saved(inputs[0], inputs[1], inputs[2], outputs[0], lse).of_call(self.calls)
         return outputs, lse
 
     def _rank_for(self, pass_: str) -> Rank:
@@ -179,8 +201,8 @@ class RingAttention:
     ) -> tuple[str | None, list[Array], list[Array], bool]:
         """What is wrong, if anything; what is given, with all axes; what is taken, as the caller sees it; whether packed."""
         try:
-            if "q" not in given:
-                raise ArrayError("there is no call to go back from: call the plan first, or give `saved`")
+            if set(given) < set(GIVEN[rank.schedule.workload.pass_]):
+                raise ArrayError(NOTHING_SAVED)
             inputs, packed = as_inputs(given)
             outputs = []
             for name, value in taken.items():
@@ -201,7 +223,8 @@ class RingAttention:
         return gather(parts)
 
     def close(self) -> None:
-        """Free the duplicated communicator; collective."""
+        """Free the duplicated communicator; collective. The plan runs no more."""
+        self._closed = True
         close(self._transport)
 
     def __enter__(self) -> Self:
@@ -316,9 +339,10 @@ def _check_apart(given: dict[str, Array], taken: dict[str, Array]) -> None:
 def _overlap(one: Array, other: Array) -> bool:
     """Whether two arrays have a byte in common; also where that is too hard to tell. Slices of one packed array have none."""
     try:
-        return bool(np.shares_memory(one, other, max_work=MOST_WORK))
+        found: bool = cast("Any", np.shares_memory)(one, other, max_work=MOST_WORK)
     except np.exceptions.TooHardError:
         return True
+    return found
 
 
 def _backend(transport: Transport, threads: int | None) -> Any:

@@ -28,13 +28,14 @@ NOTHING: Final = 1e-9
 class Breakeven:
     """`tokens` per device from which on no rank waits for a hop or drives one; None if not up to `looked_to`.
 
-    Up to its last tile: what comes home after that, sums of gradients or a state, has nothing to hide behind.
-    Where ranks have uneven work, those with less wait for others: there, from which on those with the most wait for nobody.
-    `looked_from` is the smallest block that the device's figures price: a result equal to it is an upper bound. At `tokens`:
-    `exposed` is the share of the run that hops cost although nobody waits (they slow the kernels), `flops_per_s` what rank 0's
-    first kernel gets out of its device, launch included. `hop_bytes_per_s` is the slowest hop's rate while all ranks send,
+    Up to its last tile: what comes home after that, sums of gradients or a state, has nothing to hide behind. Where ranks have
+    uneven work, those with less wait for others: there, from which on those with the most wait for nobody. `looked_from` is
+    the smallest block that the device's figures price: a result equal to it is an upper bound. At `tokens`: `exposed` is the
+    share of the run that hops cost there (they slow the kernels, and the last way home takes time), `flops_per_s` what rank
+    0's first kernel gets out of its device, launch included. `hop_bytes_per_s` is the slowest hop's rate while all ranks send,
     `f_over_b` the block at which a step's arithmetic at the slowest device's peak takes as long as a hop at that rate: c = F/B
-    of arXiv 2310.01889, section 3.2, times kv_heads / heads and itemsize / 2. None without a peak.
+    of arXiv 2310.01889, section 3.2, times kv_heads / heads and itemsize / 2, forward; backward with gradients in both, for
+    `ring` in bfloat16 1.2 times that. None without a peak.
     """
 
     machine: str

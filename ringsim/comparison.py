@@ -96,7 +96,7 @@ def compare(predicted: Timeline, measured: Timeline | Sequence[Timeline]) -> Com
         if run.digest != predicted.digest:
             raise ComparisonError(
                 f"the prediction is of schedule {predicted.digest[:12]} and the measurement of {run.digest[:12]}: "
-                "their workload, partition, ranks or strategy differ"
+                "their workload (its pass, too), partition, ranks or strategy differ"
             )
     by_step = [{step.step: step for step in run.steps()} for run in runs]
     steps = tuple(_step(step, [run[step.step] for run in by_step if step.step in run]) for step in predicted.steps())

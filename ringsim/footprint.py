@@ -48,6 +48,8 @@ NAMED: Final = {
     "dk_sum": "gradient sums",
     "dv_sum": "gradient sums",
 }
+WAITING: Final = ("q", "k, v", "output", "statistics")
+"""Of attention, what its backward pass needs."""
 STARTS: Final = ("reset", "clear")
 """Kernels that begin a state or a sum: it is the rank's own, though it may travel."""
 
@@ -68,9 +70,13 @@ class FeedForward:
     def nbytes(self, workload: Workload, rows: int) -> int:
         """All rows at once: the wider of hidden units and output, which takes their place. By blocks: output and a block's units.
 
+        Backward: a block's units, their gradient and that of the output, and the gradient of the input for all rows.
         Blockwise Parallel Transformer, arXiv 2305.19370: 2bsh in place of 8bsh bytes (bfloat16, dim = 4h).
         """
         width, nbytes = workload.heads * workload.v_head_dim, workload.batch * ITEMSIZE[workload.dtype]
+        if workload.pass_ != "forward":
+            at_once = rows if self.block is None else min(rows, self.block)
+            return (rows * width + at_once * (2 * self.dim + width)) * nbytes
         if self.block is None:
             return rows * max(self.dim, width) * nbytes
         return (rows * width + min(rows, self.block) * self.dim) * nbytes
@@ -78,11 +84,12 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layers:
-    """The layers of a model, each of which keeps something for its backward pass while the others' attention runs.
+    """The layers of a model, each of which keeps something for its backward pass while one of them is at work.
 
-    That is its input, attention's q, k, v, out and lse, and with a feed-forward the input of that and, if it computes all rows
-    at once, its hidden units. With `recompute` it is the layer's input alone: the layer runs forward again before it goes back
-    (Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174).
+    Of that one it is its input, besides what its own attention holds. Of the others it is their input, attention's q, k, v,
+    out and lse, and with a feed-forward the input of that and, if it computes all rows at once, its hidden units. With
+    `recompute` it is the layer's input alone: the layer runs forward again before it goes back (Chen et al., "Training deep
+    nets with sublinear memory cost", arXiv 1604.06174).
     """
 
     count: int
@@ -93,7 +100,7 @@ class Layers:
             raise WorkloadError(f"there are {self.count} layers; give 1 or more")
 
     def nbytes(self, workload: Workload, rows: tuple[int, int], feed_forward: FeedForward | None) -> int:
-        """What all layers but the one at work keep, for so many queries and keys of a rank."""
+        """What all layers keep, the one at work its input alone, for so many queries and keys of a rank."""
         queries, keys = (workload.batch * count for count in rows)
         width, itemsize = queries * workload.heads * workload.v_head_dim, ITEMSIZE[workload.dtype]
         kept = width
@@ -103,7 +110,7 @@ class Layers:
             if feed_forward is not None:
                 kept += width + (queries * feed_forward.dim if feed_forward.block is None else 0)
         statistics = 0 if self.recompute else queries * workload.heads * ITEMSIZE[accumulator(workload.dtype)]
-        return (self.count - 1) * (kept * itemsize + statistics)
+        return width * itemsize + (self.count - 1) * (kept * itemsize + statistics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +121,8 @@ class Footprint:
     partial output, statistics: the running state, float32 (float64 for float64), and log-sum-exp; where the state travels, its
     statistics count as partial output. gradients: dout, dq, dk, dv; gradient sums: these while they grow, as the state.
     scores: those of dense attention. scratch: the backend's own.
-    activations: the feed-forward, alive when attention's buffers but its output are free again. saved: see Layers.
+    activations: the feed-forward, alive when attention's buffers are free again, but for its output, or, where a backward pass
+    follows, for all that this one needs. saved: see Layers.
     """
 
     method: str
@@ -131,7 +139,9 @@ class Footprint:
     def nbytes(self) -> int:
         """The peak: attention, or the feed-forward and its input; besides what other layers keep."""
         later, saved = self.classes.get("activations", 0), self.classes.get("saved", 0)
-        return saved + max(self.attention_nbytes, later + self.classes.get("output", 0) if later else 0)
+        held = WAITING if self.classes.get("gradients") else ("output",)
+        beside = sum(self.classes.get(name, 0) for name in held)
+        return saved + max(self.attention_nbytes, later + beside if later else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -27,7 +27,8 @@ def scope(schedule: Schedule, layers: Layers | None = None) -> str:
     what = f"one layer's attention {WORDS[schedule.workload.pass_]}: no weights, "
     if layers is None or layers.count == 1:
         return what + "no other layers"
-    return f"{what}of {layers.count - 1} other layers what they {'recompute from' if layers.recompute else 'keep'}"
+    others = f"the other {layers.count - 1} layers" if layers.count > 2 else "the other layer"
+    return f"{what}of {others} what is {'computed again from' if layers.recompute else 'kept'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from rich.text import Text
 from .breakeven import Breakeven
 from .comparison import QUANTITIES, Comparison, Measured
 from .mask import shortened
-from .schedule import Schedule, Send
+from .schedule import Compute, Schedule, Send
 from .schedule.registry import Strategy
 from .timeline import Timeline
 from .units import format_rate, format_size, format_time
@@ -48,6 +48,13 @@ def sent_nbytes(schedule: Schedule) -> int:
     return sum(op.region.nbytes for op in schedule.program(0) if isinstance(op, Send))
 
 
+def first_backward(schedule: Schedule) -> int | None:
+    """The step at which the backward pass begins; None where it is not the second of two."""
+    if schedule.workload.pass_ != "both":
+        return None
+    return next((op.step for op in schedule.program(0) if isinstance(op, Compute) and op.kernel == "delta"), None)
+
+
 def _steps_table(columns: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
@@ -65,7 +72,10 @@ def _rate_line(schedule: Schedule, total_s: float) -> str:
 def prediction(schedule: Schedule, timeline: Timeline, exposed_wall_s: float) -> RenderableType:
     """What `simulate` prints."""
     table = _steps_table(("step", "latency", "slowest rank", "compute", "exposed comm.", "late peer"))
+    turn = first_backward(schedule)
     for step in timeline.steps():
+        if step.step == turn:
+            table.add_row("backward")
         values = (step.latency_s, step.slowest_s, step.compute_s, step.exposed_s, step.late_s)
         table.add_row(str(step.step), *map(format_time, values))
     share = exposed_wall_s / timeline.total_s if timeline.total_s else 0.0
@@ -97,7 +107,10 @@ def measurement(schedule: Schedule, runs: Sequence[Timeline]) -> RenderableType:
     """What `run` prints."""
     table = _steps_table(("step", "latency", "low .. high", "compute", "exposed comm.", "late peer"))
     by_step = [run.steps() for run in runs]
+    turn = first_backward(schedule)
     for index, first in enumerate(by_step[0]):
+        if first.step == turn:
+            table.add_row("backward")
         column = [steps[index] for steps in by_step]
         latency = Measured.of([step.latency_s for step in column])
         rest = [Measured.of([getattr(step, name) for step in column]).median_s for name in ("compute_s", "exposed_s", "late_s")]
@@ -116,7 +129,10 @@ def comparison(schedule: Schedule, result: Comparison) -> RenderableType:
     table = _steps_table(
         ("step", "predicted", "measured", "low .. high", "error", "compute p | m", "exposed p | m", "late p | m")
     )
+    turn = first_backward(schedule)
     for step in result.steps:
+        if step.step == turn:
+            table.add_row("backward")
         pairs = (
             (step.predicted.compute_s, step.compute),
             (step.predicted.exposed_s, step.exposed),
@@ -164,7 +180,8 @@ def breakeven(found: Sequence[Breakeven]) -> RenderableType:
         "\ntokens per device: from there on no rank waits for a hop or drives one (of uneven ranks: the busiest do not); "
         "<=: the least looked at\n"
         "what comes home after a rank's last tile has nothing to hide behind and does not count\n"
-        "hops still cost: of the run, there, by slowing kernels; F/B: peak over the slowest hop's rate, arXiv 2310.01889"
+        "hops still cost: of the run at that block, by slowing kernels and on the last way home\n"
+        "F/B: where a step's FLOPs at peak take as long as its bytes at the slowest hop's rate; arXiv 2310.01889 forward"
     )
     return Group(Text(head), table, Text(tail))
 

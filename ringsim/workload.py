@@ -26,11 +26,11 @@ class Workload:
     """One attention call over global arrays ``q (batch, q_len, heads, head_dim)``, ``k (batch, kv_len, kv_heads, head_dim)``
     and ``v (batch, kv_len, kv_heads, v_head_dim)``.
 
-    Query i is at position ``q_offset + i``, key j at ``kv_offset + j``; masks compare positions (a decode step over a
-    cache has ``q_len=1, q_offset=kv_len-1``). `lengths`, if given, holds the valid tokens of each sequence: later keys
-    are seen by no query and later queries see nothing (output 0, lse -inf). `wire_dtype` is that of travelling blocks. Left
-    out, kv_len is q_len, kv_heads heads, v_head_dim head_dim, softmax_scale ``head_dim ** -0.5`` and wire_dtype dtype.
-    Raises WorkloadError.
+    Query i is at position ``q_offset + i``, key j at ``kv_offset + j``; masks compare positions (a decode step over a cache
+    has ``q_len=1, q_offset=kv_len-1``). `lengths`, if given, holds the valid tokens of each sequence: later keys are seen by
+    no query and later queries see nothing (output 0, lse -inf). `pass_` is forward, backward, or both, one after the other.
+    `wire_dtype` is that of travelling blocks. Left out, kv_len is q_len, kv_heads heads, v_head_dim head_dim, softmax_scale
+    ``head_dim ** -0.5`` and wire_dtype dtype. Raises WorkloadError.
     """
 
     q_len: int

@@ -132,8 +132,9 @@ def test_a_plan_goes_back_from_its_last_call_or_from_one_whose_arrays_were_kept(
         found += [plan.backward(shards[layer][3], kept[layer]) for layer in (1, 0)]
         assert plan.saved is kept[2], "going back changes nothing"
         assert same_bits(plan.backward(shards[2][3]), found[0])
-        plan.both(*shards[0])
-        assert plan.saved is kept[2], "one program keeps nothing"
+        first = plan.both(*shards[0])[1:]
+        assert plan.saved.q is shards[0][0], "both is a call as well"
+        assert same_bits(plan.backward(shards[0][3]), first)
         return [[ringsim.unshard(one, comm=comm) for one in gradients] for gradients in found[::-1]]
 
     for found in spawn(2, rank):
@@ -144,11 +145,11 @@ def test_a_plan_goes_back_from_its_last_call_or_from_one_whose_arrays_were_kept(
 def test_what_is_saved_may_be_forgotten():
     q, k, v, dout = four(seq=6)
     plan = ringsim.RingAttention(workload(q, k, v, True))
-    with pytest.raises(RankMismatch, match=r"rank 0: there is no call to go back from: call the plan first, or give `saved`"):
+    with pytest.raises(RankMismatch, match=r"rank 0: there is nothing to go back from: call the plan first, .*, or give `saved`"):
         plan.backward(dout)
     plan(q, k, v)
     kept, plan.saved = plan.saved, None
-    with pytest.raises(RankMismatch, match="there is no call to go back from"):
+    with pytest.raises(RankMismatch, match="there is nothing to go back from"):
         plan.backward(dout)
     check(plan.backward(dout, kept), exact(q, k, v, dout))
 

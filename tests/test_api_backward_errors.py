@@ -72,7 +72,7 @@ def test_no_call_on_one_rank_is_said_on_all():
         plan(q, k, v)
         if comm.rank == 2:
             plan.saved = None
-        with pytest.raises(RankMismatch, match="rank 2: there is no call to go back from"):
+        with pytest.raises(RankMismatch, match="rank 2: there is nothing to go back from"):
             plan.backward(dout)
         return True
 
@@ -99,7 +99,7 @@ def test_shards_that_do_not_fit_end_the_call_on_every_rank():
 def test_without_checks_the_rank_that_is_at_fault_says_so():
     q, k, v, dout = four(seq=6)
     plan = ringsim.RingAttention(workload(q, k, v, False), check=False)
-    with pytest.raises(ArrayError, match="rank 0: there is no call to go back from"):
+    with pytest.raises(ArrayError, match="rank 0: there is nothing to go back from"):
         plan.backward(dout)
     plan(q, k, v)
     with pytest.raises(ArrayError, match=r"rank 0: dout is float32\(2, 5, 4, 6\), expected"):
@@ -127,7 +127,7 @@ def test_an_output_over_q_leaves_nothing_to_go_back_from():
     plan = ringsim.RingAttention(work)
     k, v, dout = q.copy(), q.copy(), q.copy()
     plan(q, k, v, out=q)
-    with pytest.raises(RankMismatch, match="there is no call to go back from"):
+    with pytest.raises(RankMismatch, match="there is nothing to go back from"):
         plan.backward(dout)
     with pytest.raises(RankMismatch, match="rank 0: out shares memory with q"):
         plan.both(q, k, v, dout, out=q)
@@ -154,3 +154,60 @@ def test_gradients_may_be_slices_of_one_array():
     plan.backward(dout, **{name: packed[:, :, index] for index, name in enumerate(("dq", "dk", "dv"))})
     for index, gradient in enumerate(expected):
         assert np.array_equal(packed[:, :, index], gradient)
+
+
+def interchanged(change):
+    """Two layers on two ranks: what each rank raises where the second does `change` to the order of its calls."""
+    layers = [four(seed=seed) for seed in range(2)]
+
+    def rank(comm):
+        (q, k, v, dout), (q2, k2, v2, _) = [local(comm, layer) for layer in layers]
+        plan = ringsim.RingAttention(workload(*layers[0][:3], True), comm=comm)
+        plan(q, k, v)
+        first = plan.saved
+        plan(q2, k2, v2)
+        calls = {
+            "first": lambda: plan.backward(dout, first),
+            "second": lambda: plan.backward(dout),
+            "forward": lambda: plan(q, k, v),
+            "by hand": lambda: plan.backward(dout, tuple(first)),
+        }
+        with pytest.raises(RankMismatch) as raised:
+            calls[change[comm.rank]]()
+        return str(raised.value)
+
+    return spawn(2, rank)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("first", "second"), "rank 1: pass is backward of call 2 where rank 0 has backward of call 1"),
+        (("forward", "second"), "rank 1: pass is backward of call 2 where rank 0 has forward"),
+        (("first", "by hand"), "rank 1: pass is backward where rank 0 has backward of call 1"),
+    ],
+)
+def test_ranks_that_make_different_calls_are_told(change, said):
+    assert interchanged(change) == [said] * 2
+
+
+def test_what_is_saved_may_be_any_five_arrays():
+    q, k, v, dout = four(seq=6, kv_heads=4)
+    plan = ringsim.RingAttention(workload(q, k, v, False))
+    out, lse = plan.with_lse(q, k, v)
+    expected = plan.backward(dout)
+    for five in ((q, k, v, out, lse), [q, k, v, out, lse], ringsim.Saved(q, k, v, out, lse)):
+        assert same_bits(plan.backward(dout, five), expected)
+    for other in ((q, k, v), "qkv", 7):
+        with pytest.raises(RankMismatch, match="there is nothing to go back from"):
+            plan.backward(dout, other)
+
+
+def test_a_closed_plan_says_so():
+    q, k, v, dout = four(seq=6, kv_heads=4)
+    plan = ringsim.RingAttention(workload(q, k, v, False))
+    plan(q, k, v)
+    plan.close()
+    for call in (lambda: plan(q, k, v), lambda: plan.backward(dout), lambda: plan.both(q, k, v, dout)):
+        with pytest.raises(WorkloadError, match="the plan is closed: make a new one"):
+            call()

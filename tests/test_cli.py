@@ -132,6 +132,30 @@ def test_bad_input_is_one_message_and_exit_code_2(capsys, arguments, message):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("options", [("--seq", 1), ("--seq", 40, "--kv-seq", 1), ("--seq", 16, "--mask", "window(0,0)")])
+def test_gradients_that_cancel_are_right(capsys, options, dtype):
+    """With one key dq and dk are 0: what is left of both, and of the dense ones, is rounding."""
+    code, text, _ = invoke(capsys, "run", *options, "--dtype", dtype, "--pass", "both", "--check", "--repeats", 1)
+    assert (code, text.count("check: right")) == (0, 2)
+
+
+def test_the_gradients_of_a_run_are_checked(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "run.json"
+    options = ("--seq", 100, "--kv-heads", 2, "--causal", "--check", "--repeats", 1, "--json", path)
+    for pass_, checks in (("both", 2), ("backward", 1)):
+        code, text, _ = invoke(capsys, "run", *options, "--pass", pass_)
+        assert (code, text.count("check: right"), text.count("\nbackward")) == (0, checks, checks - 1)
+    facts = json.loads(path.read_text())
+    assert facts["check"]["what"] == "dq, dk, dv"
+    assert facts["schedule"]["workload"]["pass_"] == "backward"
+    from ringsim import checking
+
+    monkeypatch.setitem(checking.GRADIENT_LIMITS, "float32", 1e-12)
+    code, text, _ = invoke(capsys, "run", *options, "--pass", "both")
+    assert (code, text.count("check: right"), text.count("check: WRONG")) == (1, 1, 1)
+
+
 def test_run_checks_itself_on_one_rank(capsys, tmp_path):
     path = tmp_path / "run.json"
     code, text, err = invoke(capsys, "run", "--seq", 100, "--kv-heads", 2, "--causal", "--check", "--repeats", 2, "--json", path)

@@ -215,13 +215,28 @@ def test_layers_keep_what_they_need_or_their_input():
 
     keys_and_values = 2 * 8 * 128
     one = 2 * rows * (width + 2 * width + keys_and_values) + 4 * rows * 32
-    assert saved(count=1) == 0
-    assert saved(count=33) == 32 * one
-    assert saved(count=33, recompute=True) == 32 * 2 * rows * width
-    assert saved(FeedForward(dim=hidden), count=2) == one + 2 * rows * (width + hidden)
-    assert saved(FeedForward(dim=hidden, block=64), count=2) == one + 2 * rows * width
+    own = 2 * rows * width
+    assert saved(count=1) == own
+    assert saved(count=33) == own + 32 * one
+    assert saved(count=33, recompute=True) == 33 * own
+    assert saved(FeedForward(dim=hidden), count=2) == own + one + 2 * rows * (width + hidden)
+    assert saved(FeedForward(dim=hidden, block=64), count=2) == own + one + 2 * rows * width
     whole = weigh(schedule, 0, layers=Layers(count=33))
-    assert whole.nbytes == 32 * one + weigh(schedule, 0).nbytes
+    assert whole.nbytes == own + 32 * one + weigh(schedule, 0).nbytes
+
+
+@pytest.mark.parametrize("block", [None, 64])
+def test_a_feed_forward_that_goes_back_holds_gradients_and_leaves_attention_what_it_needs(block):
+    rows, width, hidden = 1024, 32 * 128, 64 * 32 * 128
+    work = ringsim.Workload(q_len=8 * rows, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", pass_="both")
+    found = weigh(ringsim.Schedule(workload=work, world_size=8), 0, feed_forward=FeedForward(dim=hidden, block=block))
+    at_once = block or rows
+    assert found.classes["activations"] == 2 * (rows * width + at_once * (2 * hidden + width))
+    if block is None:
+        kept = sum(found.classes[name] for name in ("q", "k, v", "output", "statistics"))
+        assert found.nbytes == kept + found.classes["activations"] > found.attention_nbytes
+    else:
+        assert found.nbytes == found.attention_nbytes
     with pytest.raises(WorkloadError, match="there are 0 layers"):
         Layers(count=0)
 
@@ -232,9 +247,10 @@ def test_dense_keeps_its_weights_and_their_gradients():
     kept = weigh_dense(work, layers=Layers(count=3)).classes
     assert kept["scores"] == 2 * scores
     recomputed = weigh_dense(work, layers=Layers(count=3, recompute=True)).classes
-    assert recomputed["saved"] == 2 * 512 * 4 * 64 * 2
+    own = 512 * 4 * 64 * 2
+    assert recomputed["saved"] == 3 * own
     statistics = 2 * 512 * 4 * 4
-    assert kept["saved"] == 2 * scores + 2 * 5 * 512 * 4 * 64 * 2 + statistics
+    assert kept["saved"] == own + 2 * scores + 2 * 5 * own + statistics
 
 
 @pytest.mark.parametrize(

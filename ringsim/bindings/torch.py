@@ -51,13 +51,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        ctx.plan = inputs[0]
+        ctx.plan, ctx.call = inputs[0], inputs[0].calls
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs[1:], *output)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        made = _Gradients.apply(ctx.plan, dout, *ctx.saved_tensors)
+        made = _Gradients.apply(ctx.plan, ctx.call, dout, *ctx.saved_tensors)
         return None, *(tensor if needed else None for tensor, needed in zip(made, ctx.needs_input_grad[1:], strict=True))
 
     @staticmethod
@@ -73,12 +73,15 @@ class _Attention(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """(dq, dk, dv) of (plan, dout, q, k, v, out, lse): a function of its own, so that only differentiating it is an error."""
+    """(dq, dk, dv) of (plan, number of the call, dout, q, k, v, out, lse).
+
+    A function of its own, so that only differentiating it is an error.
+    """
 
     @staticmethod
-    def forward(plan: RingAttention, dout: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(plan: RingAttention, call: int, dout: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arrays: list[Any] = [tensor.detach() for tensor in saved]
-        return tuple(_tensor(array) for array in plan.backward(dout.detach(), Saved(*arrays)))
+        return tuple(_tensor(array) for array in plan.backward(dout.detach(), Saved(*arrays).of_call(call)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

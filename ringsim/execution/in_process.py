@@ -88,6 +88,8 @@ def _given(schedule: Schedule, arrays: dict[str, Array]) -> dict[str, Array]:
     }
     for name in names:
         dtype = accumulator(work.dtype) if name == "lse" else work.dtype
+        if not isinstance(arrays[name], np.ndarray):
+            raise ArrayError(f"{name} is {type(arrays[name]).__name__}; the schedule is for a NumPy array {dtype}{shapes[name]}")
         if arrays[name].shape != shapes[name] or arrays[name].dtype != numpy_dtype(dtype):
             found = f"{arrays[name].dtype.name}{arrays[name].shape}"
             raise ArrayError(f"{name} is {found}; the schedule is for {dtype}{shapes[name]}")

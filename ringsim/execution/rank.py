@@ -93,7 +93,7 @@ class Rank:
         return Walker(self._ops, self.memory, self.backend, self.transport, self.schedule.workload.softmax_scale)
 
     def finish(self, walker: Walker) -> Array:
-        """Take the walker's measurements and release the caller's arrays; returns lse, (batch, heads, local seq)."""
+        """Take the walker's measurements, release the caller's arrays; returns lse, made or given, (batch, heads, local seq)."""
         lse = self._lse()
         self.timeline = Timeline(
             source="measured", digest=self.schedule.digest, world_size=self.schedule.world_size, events=tuple(walker.events)
@@ -106,7 +106,8 @@ class Rank:
         whole = self.schedule.job.home("lse", self.schedule.job.q_block(self.transport.rank))
         if not whole.nbytes:
             return np.empty((work.batch, work.heads, self.shapes()["q"][1]), numpy_dtype(whole.dtype))
-        return self.memory.array(whole).copy()
+        lse = self.memory.array(whole)
+        return lse if "lse" in self._given else lse.copy()
 
     def run(self, *arrays: Array) -> Array:
         """Run once, writing the outputs; returns lse. Collective. Raises PeerTimeout, ArrayError."""

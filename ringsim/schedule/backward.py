@@ -10,21 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from .emitter import Emitter
-from .gradients import KV_SIDE, KV_SUMS, Q_SIDE, Q_SUMS, Regions, Sum, attend_backward, make_delta
+from .gradients import KV_SIDE, KV_SUMS, Q_SIDE, Q_SUMS, Sum, at_home, attend_backward, make_delta
 from .job import Block, Job
 from .loops import Lane, components
 from .ops import Op
 from .rotation import Way
 
-ROAD = 4
-"""Slots of a lane for sums that are not the rank's own: two that travel, in turn, one for its part of them, one from home."""
+SLOTS = 4
+"""Of a lane for sums that are not the rank's own: two that travel, in turn, one for its part of them, one from home."""
 Before = Callable[[], Iterator[Op]]
 
 
 def rotate_back(job: Job, rank: int, emit: Emitter, lanes: Sequence[Lane], before: Before | None = None) -> Iterator[Op]:
-    """What travels is that of the lanes: K and V, or queries with dout, lse and delta. `before` yields the ops that make dout.
+    """Yield a rank's backward pass, in which the lanes' K and V, or queries with dout, lse and delta, rotate.
 
-    The first hop of K and V is posted before these: it hides behind them.
+    `before` yields the ops that make dout. The first hop of K and V is posted before these: it hides behind them. At each step
+    a rank posts what comes and goes on, adds its part to the sums of what is here, and sends these after it.
     """
     staying = _Staying(job, rank, lanes)
     trails = [_Trail(job, rank, lane, index, len(lanes)) for index, lane in enumerate(lanes)]
@@ -98,7 +99,9 @@ class _Trail:
         self._job = job
         self._rank = rank
         self._lane = lane
-        self._slot = lanes + ROAD * index
+        # one slot a lane for the rank's own sums, then each lane's others
+        self._slot = lanes + SLOTS * index
+        # after what travels on all lanes: each lane's sums on the road, then on their way home
         self._tag = len(travels) * lanes + 2 * len(self._names) * index
         self._own = Sum(job, self._names, lane.part(rank), slot=index, at=str(rank))
         self._arriving: Sum | None = None
@@ -138,15 +141,11 @@ class _Trail:
             yield from sums.send(emit, peer=block, tag=self._tag + len(self._names), phase="home")
 
     def _attend(self, emit: Emitter, step: int, sums: Sum, staying: _Staying) -> Iterator[Op]:
-        """The part of this rank, into these sums and into those that stay; nothing where the mask leaves nothing."""
-        job, here, other = self._job, sums.block, staying.sums[sums.block.heads]
-        blocks = (here, other.block) if self._lane.queries else (other.block, here)
-        if not job.tiles(*blocks):
-            return
-        stays = tuple(job.home(name, other.block) for name in (KV_SIDE if self._lane.queries else Q_SIDE))
-        inputs = _in_order(self.way.blocks(step), stays, queries=self._lane.queries)
-        pair = (sums, other) if self._lane.queries else (other, sums)
-        yield from attend_backward(job, emit, blocks, inputs, pair)
+        """The part of this rank, into these sums and into those that stay."""
+        other, here = staying.sums[sums.block.heads], (sums, self.way.blocks(step))
+        stays = other, at_home(self._job, KV_SIDE if self._lane.queries else Q_SIDE, other.block)
+        queries, keys = (here, stays) if self._lane.queries else (stays, here)
+        yield from attend_backward(self._job, emit, queries=queries, keys=keys)
 
     def _expect(self, emit: Emitter, step: int) -> Iterator[Op]:
         """Post the receives of the sums that come for the next step, and of the rank's own where they come home in this one."""
@@ -166,9 +165,3 @@ class _Trail:
         if self._homeward is not None:
             yield from self._own.add(emit, self._homeward)
         yield from self._own.cast(emit)
-
-
-def _in_order(travelling: Regions, staying: Regions, *, queries: bool) -> Regions:
-    """q, k, v, dout, lse, delta."""
-    of_queries, of_keys = (travelling, staying) if queries else (staying, travelling)
-    return (of_queries[0], *of_keys, *of_queries[1:])

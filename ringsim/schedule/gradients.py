@@ -86,16 +86,24 @@ def make_delta(job: Job, block: Block, emit: Emitter) -> Iterator[Op]:
     yield from emit.compute("delta", reads=reads, writes=writes, phase="setup")
 
 
-def attend_backward(job: Job, emit: Emitter, blocks: tuple[Block, Block], inputs: Regions, sums: tuple[Sum, Sum]) -> Iterator[Op]:
-    """Add to the sums of a block of queries, and of a block of keys of the same heads, what each does to the other's gradients.
+def at_home(job: Job, names: tuple[str, ...], block: Block) -> Regions:
+    """What is read of a block, at home."""
+    return tuple(job.home(name, block) for name in names)
 
-    `inputs` are the regions of q, k, v, dout, lse and delta, in this order.
+
+def attend_backward(job: Job, emit: Emitter, *, queries: tuple[Sum, Regions], keys: tuple[Sum, Regions]) -> Iterator[Op]:
+    """Add to the sums of a block of queries and of one of keys, of the same heads, what each does to the other's gradients.
+
+    With each sum the regions that are read, of Q_SIDE and of KV_SIDE. Nothing where the mask leaves nothing.
     """
-    tiles = job.tiles(*blocks)
-    (q_before, q_after), (kv_before, kv_after) = (one.change() for one in sums)
+    (q_sum, of_queries), (kv_sum, of_keys) = queries, keys
+    tiles = job.tiles(q_sum.block, kv_sum.block)
+    if not tiles:
+        return
+    (q_before, q_after), (kv_before, kv_after) = q_sum.change(), kv_sum.change()
     yield from emit.compute(
         "attend_backward",
-        reads=(*inputs, *q_before, *kv_before),
+        reads=(of_queries[0], *of_keys, *of_queries[1:], *q_before, *kv_before),
         writes=(*q_after, *kv_after),
         phase="attend_backward",
         tiles=tiles,

@@ -9,7 +9,7 @@ from .schedule import Schedule
 
 LEGEND = (
     "aN: attends the block of rank N, ~ under a band, qM:aN with the queries of rank M; bN: the same backward; "
-    "k>N: sends k to rank N; .: nothing"
+    "k>N: sends k to rank N, k>>N for good, home; .: nothing"
 )
 MARKS = {"attend": "a", "attend_backward": "b"}
 
@@ -34,7 +34,7 @@ def _mark(op: Op, rank: int) -> str:
         visitor = "" if queries == str(rank) else f"q{queries}:"
         return f"{visitor}{MARKS[op.kernel]}{keys}{'~' if any(tile.masked for tile in op.tiles) else ''}"
     if isinstance(op, Send) and op.phase != "barrier":
-        return f"{op.region.buffer}>{op.peer}"
+        return f"{op.region.buffer}{'>>' if op.phase == 'home' else '>'}{op.peer}"
     return ""
 
 

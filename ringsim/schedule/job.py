@@ -31,7 +31,7 @@ GIVEN: Final = {
 }
 """What the caller of a pass fills: slot 0 of these."""
 TAKEN: Final = {"forward": ("out",), "backward": ("dq", "dk", "dv"), "both": ("out", "dq", "dk", "dv")}
-"""What it is given: slot 0 of these are the caller's arrays as well."""
+"""What the caller gets back: slot 0 of these are its arrays as well."""
 Made = TypeVar("Made")
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .emitter import Emitter
+from .gradients import KV_SIDE
 from .job import Block, Job
 from .loops import Lane
 from .ops import Op, Region
-
-NAMES = ("k", "v")
 
 
 def rotate(job: Job, rank: int, emit: Emitter, lanes: Sequence[Lane]) -> Iterator[Op]:
@@ -20,7 +19,7 @@ def rotate(job: Job, rank: int, emit: Emitter, lanes: Sequence[Lane]) -> Iterato
     packed once, before they leave. Lanes with the same heads share one running state.
     """
     states = _States(job, rank, lanes)
-    ways = [Way(job, rank, lane, index, len(lanes), NAMES) for index, lane in enumerate(lanes)]
+    ways = [Way(job, rank, lane, index, len(lanes), KV_SIDE) for index, lane in enumerate(lanes)]
     yield from states.reset(emit)
     for way in ways:
         yield from way.pack(emit)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from ...errors import WorkloadError
 from ...workload import Workload
 from ..emitter import Emitter
-from ..gradients import KV_SUMS, Q_SIDE, Q_SUMS, Sum, attend_backward, make_delta
+from ..gradients import KV_SIDE, KV_SUMS, Q_SIDE, Q_SUMS, Sum, at_home, attend_backward, make_delta
 from ..job import Job
 from ..ops import Op, Region
 from ..registry import strategy
 
-NAMES = ("k", "v")
-OUTER_TAG, ROAD_TAG, ENTRY_TAG, ACROSS_TAG, HOME_TAG = range(len(NAMES), 6 * len(NAMES), len(NAMES))
+OUTER_TAG, ROAD_TAG, ENTRY_TAG, ACROSS_TAG, HOME_TAG = range(len(KV_SIDE), 6 * len(KV_SIDE), len(KV_SIDE))
 HOME, ENTRIES, ROAD, PART, RETURNED, ACROSS, ARRIVED = 0, 1, 3, 5, 6, 7, 9
 """Slots of sums: of the own block; of those with which laps begin; on the road; the own part; back; across; and home."""
 
@@ -163,14 +162,14 @@ class _Place:
         """K and V as held in that turn of that lap."""
         block = self.job.kv_block(self.mesh.held(self.rank, lap, turn))
         if turn:
-            return tuple(self.job.copy(name, block, 1 + (turn - 1) % 2) for name in NAMES)
-        return tuple(self.job.copy(name, block, 3 + (lap - 1) % 2) if lap else self.job.home(name, block) for name in NAMES)
+            return tuple(self.job.copy(name, block, 1 + (turn - 1) % 2) for name in KV_SIDE)
+        return tuple(self.job.copy(name, block, 3 + (lap - 1) % 2) if lap else self.job.home(name, block) for name in KV_SIDE)
 
     def cross(self, emit: Emitter, lap: int) -> Iterator[Op]:
         """The hop across nodes, a whole inner ring ahead of its use."""
         mesh, (node, place) = self.mesh, self.mesh.place(self.rank)
         coming, going = (mesh.across(mesh.rank(node - lap - ahead, place)) > lap for ahead in (1, 0))
-        for index in range(len(NAMES)):
+        for index in range(len(KV_SIDE)):
             if coming:
                 region, peer = self.blocks(lap + 1, 0)[index], mesh.rank(node - 1, place)
                 yield from emit.recv(region, peer=peer, tag=OUTER_TAG + index, phase="cross", group="across")
@@ -182,7 +181,7 @@ class _Place:
         """The hop within the node."""
         mesh, (node, place) = self.mesh, self.mesh.place(self.rank)
         coming, going = (mesh.within(mesh.held(self.rank, lap, turn + ahead), node) > turn for ahead in (1, 0))
-        for tag in range(len(NAMES)):
+        for tag in range(len(KV_SIDE)):
             if coming and turn + 1 < mesh.inner:
                 yield from emit.recv(self.blocks(lap, turn + 1)[tag], peer=mesh.rank(node, place - 1), tag=tag)
             if going:
@@ -221,10 +220,8 @@ class _Gradients:
         yield from self._expect(emit, lap, turn)
 
     def _attend(self, emit: Emitter, sums: Sum, kv: tuple[Region, ...]) -> Iterator[Op]:
-        q, *others = (self._job.home(name, self.queries.block) for name in Q_SIDE)
-        blocks = (self.queries.block, sums.block)
-        if self._job.tiles(*blocks):
-            yield from attend_backward(self._job, emit, blocks, (q, *kv, *others), (self.queries, sums))
+        home = at_home(self._job, Q_SIDE, self.queries.block)
+        yield from attend_backward(self._job, emit, queries=(self.queries, home), keys=(sums, kv))
 
     def _add(self, emit: Emitter, block: int, turn: int, kv: tuple[Region, ...]) -> Iterator[Op]:
         """Within a node, after the rank where the block came in."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..emitter import Emitter
-from ..gradients import KV_SUMS, Q_SIDE, Q_SUMS, Sum, attend_backward, make_delta
+from ..gradients import KV_SIDE, KV_SUMS, Q_SIDE, Q_SUMS, Sum, at_home, attend_backward, make_delta
 from ..job import Block, Job
 from ..ops import Op, Region
 from ..registry import strategy, where_all_is_seen
 
-NAMES = ("k", "v")
-HOME_TAG = len(NAMES)
+HOME_TAG = len(KV_SIDE)
 
 
 def halo_back(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
@@ -33,10 +32,9 @@ def halo_back(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
         sums = Sum(job, KV_SUMS, keys, slot=1 + step % 2, at=str(rank)) if step else own
         if keys.tokens or not step:
             yield from sums.clear(emit)
-        if job.tiles(queries.block, keys):
-            q, *others = (job.home(name, queries.block) for name in Q_SIDE)
-            inputs = (q, *(_here(job, name, keys, step) for name in NAMES), *others)
-            yield from attend_backward(job, emit, (queries.block, keys), inputs, (queries, sums))
+        kv = tuple(_here(job, name, keys, step) for name in KV_SIDE)
+        home = at_home(job, Q_SIDE, queries.block)
+        yield from attend_backward(job, emit, queries=(queries, home), keys=(sums, kv))
         if returned is not None:
             yield from own.add(emit, returned)
         returned = None
@@ -72,7 +70,7 @@ def halo(job: Job, rank: int, emit: Emitter) -> Iterator[Op]:
         source = (rank - step) % job.world_size
         keys = _seen(job, rank, source) if step else job.kv_block(rank)
         if tiles := job.tiles(queries, keys):
-            reads = (job.home("q", queries), *(_here(job, name, keys, step) for name in NAMES), *job.state(queries, version))
+            reads = (job.home("q", queries), *(_here(job, name, keys, step) for name in KV_SIDE), *job.state(queries, version))
             version += 1
             writes, flops = job.state(queries, version), job.flops(tiles)
             yield from emit.compute("attend", reads=reads, writes=writes, phase="attend", tiles=tiles, flops=flops)
@@ -88,7 +86,7 @@ def _exchange(job: Job, rank: int, emit: Emitter, step: int) -> Iterator[Op]:
         return
     source, target = (rank - step) % job.world_size, (rank + step) % job.world_size
     coming, going = _seen(job, rank, source), _seen(job, target, rank)
-    for tag, name in enumerate(NAMES):
+    for tag, name in enumerate(KV_SIDE):
         yield from emit.recv(_here(job, name, coming, step), peer=source, tag=tag)
         leaving = job.home(name, going)
         if not leaving.dense:

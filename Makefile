@@ -19,7 +19,8 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== running the tests, those over MPI included (some minutes)"
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q -m "not mpi" -n auto
+	@$(BIN)/pytest -q -m mpi
 
 bindings: $(READY)
 	@echo "== installing torch and jax (1.5 GB) and running the tests of ringsim.bindings"

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.lib.introspect import opt_func_info
 
 from ringsim.backends.numpy_micro import Array
+from ringsim.lowering import ROWS_AT_ONCE
 
 BOUNDS: Final = {np.dtype(np.float32): (40.0, 1e24), np.dtype(np.float64): (300.0, 1e100)}
 """|score| and the sum of squared values below which no sum of exp(score) x value over 1e9 keys leaves the dtype's range.
 
 Above, not below: in float32 values smaller than about 1e-20 may lose relative accuracy where all scores of a row are near -40.
 """
-ROWS_AT_ONCE: Final = 256
 KINDS: Final = {np.dtype(np.float32): "ff", np.dtype(np.float64): "dd"}
 Norms = dict[tuple[int, ...], list[float]]
 

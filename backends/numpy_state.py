@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import numpy as np
 
 from ringsim.backends.numpy_micro import Array, widen
 from ringsim.backends.numpy_share import Poll
 from ringsim.dtypes import numpy_dtype
+from ringsim.lowering import ROWS_AT_ONCE
 from ringsim.schedule.ops import Compute, Region
 
 Fetch = Callable[[Region], Array]
-
-ROWS_AT_ONCE: Final = 256
-"""Rows between two polls."""
 
 
 def reset(op: Compute, fetch: Fetch, poll: Poll) -> None:

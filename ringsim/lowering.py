@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from .errors import WorkloadError
 from .tile import IntArray, Tile
+
+ROWS_AT_ONCE: Final = 256
+"""Of whatever a backend passes over some rows at a time: half precision that `delta` widens, norms, copies between polls."""
 
 
 class Panel(NamedTuple):

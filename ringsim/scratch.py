@@ -7,13 +7,11 @@ from math import prod
 from typing import Final
 
 from .dtypes import ITEMSIZE, accumulator
-from .lowering import Blocking
+from .lowering import ROWS_AT_ONCE, Blocking
 from .schedule import Compute, Op
 from .workload import Workload
 
 SIZES: Final = {"bool": 1, "int32": 4}
-ROWS_AT_ONCE: Final = 256
-"""Of what `delta` widens, and of which the forward finds norms."""
 
 
 def scratch_nbytes(program: Iterable[Op], workload: Workload, cut: Mapping[str, Blocking], threads: int) -> int:

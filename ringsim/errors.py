@@ -55,3 +55,7 @@ class CalibrationError(RingsimError):
 
 class MissingDependency(RingsimError, ImportError):
     """An optional library is not installed; names the extra that brings it."""
+
+
+class DeviceError(RingsimError):
+    """A GPU that failed, or that cannot do what it was asked; names the rank and the op as far as they are known."""

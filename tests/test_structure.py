@@ -15,10 +15,10 @@ FOLDERS = {"ringsim": ROOT / "ringsim", "ringsim.backends": ROOT / "backends", "
 # each room with those that it may import, besides those of its own line and below
 FLOORS = [
     {"cli", "__main__"},
-    {"ledger", "inventory"},
+    {"ledger", "inventory", "doctor"},
     {"report", "bindings"},
     {"trace", "comparison", "checking", "attention", "sharding", "drawing", "breakeven", "hops"},
-    {"agreement", "communicators", "calibration", "kernel_times", "simulation", "execution", "importing"},
+    {"agreement", "communicators", "calibration", "kernel_times", "device_times", "simulation", "execution", "importing"},
     {"capacity", "shares"},
     {"backends", "costs", "footprint", "scratch"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},

@@ -1,0 +1,187 @@
+"""A GPU on paper: the CUDA calls over NumPy memory, whose streams do what they are given as late, and in as odd an order, as
+events allow. What the order of events does not force goes wrong here sooner or later."""
+
+import random
+import time
+from collections import deque
+
+import numpy as np
+
+from ringsim.errors import DeviceError
+
+POISON = 0xFF
+"""Of memory that nothing was written to: NaN in every floating dtype."""
+
+
+class DeviceArray(np.ndarray):
+    """Memory of the paper GPU: views are free, but whatever reads or writes its bytes on the host is an error."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        raise AssertionError(f"the host computes {ufunc.__name__} with device memory")
+
+    def __array_function__(self, func, types, args, kwargs):
+        raise AssertionError(f"the host calls {func.__name__} on device memory")
+
+    def __setitem__(self, key, value):
+        raise AssertionError("the host writes device memory")
+
+    def copy(self, order="C"):
+        raise AssertionError("the host copies device memory")
+
+    def astype(self, *args, **kwargs):
+        raise AssertionError("the host converts device memory")
+
+    def tobytes(self, order="C"):
+        raise AssertionError("the host reads device memory")
+
+
+class Event:
+    """Complete when the stream that it was last recorded on has come so far."""
+
+    def __init__(self):
+        self.turn = 0
+        self.finished = 0
+        self.at_s = 0.0
+
+    @property
+    def done(self):
+        return self.finished >= self.turn
+
+
+class Stream:
+    def __init__(self, number):
+        self.number = number
+        self.queue = deque()
+
+
+class PaperGpu:
+    """`Calls` with a seed for the order; `run` executes kernels (an Emulator's `launch`), `log` records what was called."""
+
+    def __init__(self, seed=0, *, run=None, eager=False):
+        self.rng = random.Random(seed)
+        self.streams = []
+        self.log = []
+        self.allocated = []
+        self.broken = None
+        self.eager = eager
+        self._run = run
+
+    # memory
+
+    def empty(self, nbytes):
+        self.log.append(("empty", nbytes))
+        base = np.full(nbytes + 256, POISON, np.uint8)
+        start = -base.ctypes.data % 256
+        self.allocated.append(nbytes)
+        return base[start : start + nbytes].view(DeviceArray)
+
+    def pinned(self, nbytes):
+        self.log.append(("pinned", nbytes))
+        return np.full(nbytes, POISON, np.uint8)
+
+    def upload(self, array):
+        """A host array's values in device memory (of the caller, made before anything is queued)."""
+        array = np.asarray(array)
+        made = self.empty(array.nbytes)
+        made.view(np.ndarray)[...] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return made.view(array.dtype).reshape(array.shape)
+
+    def download(self, array):
+        """What device memory holds after all that is queued has been done."""
+        self.drain()
+        return np.array(array.view(np.ndarray))
+
+    # streams and events
+
+    def stream(self):
+        made = Stream(len(self.streams))
+        self.streams.append(made)
+        return made
+
+    def record(self, stream, event=None):
+        event = event or Event()
+        event.turn += 1
+        self._queue(stream, ("record", event, event.turn))
+        return event
+
+    def wait(self, stream, event):
+        self.log.append(("wait", stream.number))
+        self._queue(stream, ("wait", event, event.turn))
+
+    def done(self, event):
+        self._raise()
+        for _ in range(self.rng.choice((0, 0, 1, 3))):
+            self._step()
+        self._raise()
+        return event.done
+
+    def synchronize(self, event):
+        self.log.append(("synchronize",))
+        while not event.done:
+            if not self._step():
+                raise AssertionError("an event that nothing completes")
+        self._raise()
+
+    def elapsed_s(self, first, last):
+        assert first.done and last.done
+        return last.at_s - first.at_s
+
+    # work
+
+    def copy(self, target, source, stream):
+        assert target.nbytes == source.nbytes and target.dtype == source.dtype == np.uint8
+        self.log.append(("copy", target.nbytes, stream.number))
+        self.defer(lambda: np.copyto(target.view(np.ndarray), source.view(np.ndarray)), stream)
+
+    def fill(self, target, byte, stream):
+        self.defer(lambda: target.view(np.ndarray).fill(byte), stream)
+
+    def launch(self, kernel, shape, arguments, stream):
+        self.log.append(("launch", kernel.name, stream.number))
+        plain = [one.view(np.ndarray) if isinstance(one, np.ndarray) else one for one in arguments]
+        self.defer(lambda: self._run(kernel, shape, plain), stream)
+
+    def defer(self, function, stream):
+        """Queue any function."""
+        self._raise()
+        self._queue(stream, ("run", function, 0))
+
+    def _queue(self, stream, item):
+        stream.queue.append(item)
+        if self.eager:
+            self.drain()
+
+    # what happens on the device
+
+    def _ready(self):
+        return [
+            stream
+            for stream in self.streams
+            if stream.queue and not (stream.queue[0][0] == "wait" and stream.queue[0][1].finished < stream.queue[0][2])
+        ]
+
+    def _step(self):
+        """Do one thing that may be done now; whether there was one."""
+        ready = self._ready()
+        if not ready:
+            return False
+        kind, what, turn = self.rng.choice(ready).queue.popleft()
+        if kind == "record":
+            what.finished, what.at_s = turn, time.perf_counter()
+        elif kind == "run":
+            try:
+                what()
+            except Exception as error:  # noqa: BLE001 - a kernel that fails says so at a later call
+                self.broken = self.broken or error
+        return True
+
+    def drain(self):
+        """Do all that is queued."""
+        while self._step():
+            pass
+        self._raise()
+        assert not any(stream.queue for stream in self.streams), "streams wait for events that nothing completes"
+
+    def _raise(self):
+        if self.broken is not None:
+            raise DeviceError(f"the device failed: {self.broken!r}") from self.broken

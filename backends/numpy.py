@@ -16,7 +16,7 @@ from ringsim.backends.numpy_micro import Array, Edges, Piece, edges_of, pieces_o
 from ringsim.backends.numpy_share import Poll, share
 from ringsim.errors import ArrayError
 from ringsim.lowering import Blocking
-from ringsim.schedule.ops import Compute, Region
+from ringsim.schedule.ops import Compute, Recv, Region, Send
 from ringsim.tile import Tile
 
 Fetch = Callable[[Region], Array]
@@ -91,6 +91,31 @@ class NumpyBackend:
     def backward_blocking(self, dtype: str) -> Blocking:
         """The lowering of the backward for tiles computed in `dtype` (that of the sums)."""
         return self._backward_blocking or backward_blocking_for(self.cache, dtype)
+
+    def empty(self, nbytes: int) -> Array:
+        """Host memory, as a flat uint8 array, whose every page has been touched: the first run does not pay for it."""
+        made = np.empty(nbytes, np.uint8)
+        made.fill(0)
+        return made
+
+    def dense(self, name: str, array: Array) -> Array:
+        """The array, or a dense copy of it."""
+        return np.ascontiguousarray(array)
+
+    def copy(self, array: Array) -> Array:
+        """A copy of an array of the run."""
+        return array.copy()
+
+    def begin(self, stream: object) -> None:
+        """Kernels run at once: there is nothing to come after. Raises ArrayError for a stream."""
+        if stream is not None:
+            raise ArrayError(f"stream is {stream!r}; backend 'numpy' has none: leave it out")
+
+    def end(self, stream: object) -> None:
+        """Every kernel has run."""
+
+    def gate(self, post: Send | Recv) -> None:
+        """Every kernel has run."""
 
     def compute(self, op: Compute, fetch: Fetch, *, scale: float, poll: Poll) -> None:
         """Run one Compute op on the arrays that `fetch` returns for its regions; calls `poll` between micro-tiles."""

@@ -21,19 +21,17 @@ K = [[1, 0], [0, 1], [1, 1], [2, 0], [0, 2], [2, 1]]
 V = [[1, 0], [0, 1], [2, 0], [0, 2], [4, 0], [0, 4]]
 
 
-class Observed:
-    """NumpyBackend; `states` holds one line per query row after each step's attend."""
-
-    name = "numpy"
+class Observed(NumpyBackend):
+    """`states` holds one line per query row after each step's attend."""
 
     def __init__(self, tokens):
+        super().__init__()
         self.states = {}
-        self._backend = NumpyBackend()
         self._tokens = tokens
         self._running_max = np.full(len(tokens), -np.inf)
 
     def compute(self, op, fetch, *, scale, poll):
-        self._backend.compute(op, fetch, scale=scale, poll=poll)
+        super().compute(op, fetch, scale=scale, poll=poll)
         if op.kernel == "attend":
             self.states[op.step] = [f"holds {op.reads[1].value} {op.reads[2].value}", *self._rows(op, fetch, scale)]
 

@@ -304,7 +304,7 @@ def test_a_backend_that_has_run_other_workloads_gives_the_same_bits():
 def attend(work, backend):
     """The first attend op of a one-rank schedule, ready to be called with a poll on arrays that `change` may replace."""
     schedule = Schedule(workload=work, world_size=1)
-    memory = Memory(schedule, 0)
+    memory = Memory(schedule, 0, empty=NumpyBackend().empty)
     memory.bind(**dict(zip("qkv", inputs(work), strict=True)))
     op = next(op for op in schedule.program(0) if isinstance(op, Compute) and op.kernel == "attend")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ Array = npt.NDArray[Any]
 class Memory:
     """Slots by (buffer, slot). Slot 0 of what the caller gives and takes is the caller's own; all others are made here, once.
 
-    With another memory `beside` it, of a schedule that never runs at the same time, slots of that are used where they are long
-    enough.
+    `empty` makes a flat uint8 array where the backend's kernels can use it. With another memory `beside` it, of a schedule that
+    never runs at the same time, slots of that are used where they are long enough.
     """
 
-    def __init__(self, schedule: Schedule, rank: int, beside: Memory | None = None) -> None:
+    def __init__(self, schedule: Schedule, rank: int, beside: Memory | None = None, *, empty: Callable[[int], Array]) -> None:
         self._slots: dict[tuple[str, int], Bytes] = {}
         self._bound: dict[tuple[str, int], Array] = {}
         self._lent: dict[tuple[str, int], Bytes] = {}
@@ -36,9 +37,7 @@ class Memory:
             if spare is not None and spare.nbytes >= nbytes:
                 self._lent[key] = spare
                 continue
-            self._slots[key] = np.empty(nbytes, dtype=np.uint8)
-            # touch every page now, so that the first run does not pay for it
-            self._slots[key].fill(0)
+            self._slots[key] = empty(nbytes)
 
     @property
     def nbytes(self) -> int:

@@ -45,9 +45,10 @@ class Rank:
         self.transport = transport
         self.backend = backend
         self.timeout_s = timeout_s
-        self.memory = Memory(schedule, transport.rank, beside)
+        self.memory = Memory(schedule, transport.rank, beside, empty=backend.empty)
         self._given, self._taken = (of[schedule.workload.pass_] for of in (GIVEN, TAKEN))
-        self.timeline: Timeline | None = None
+        self._walked: Walker | None = None
+        self._timeline: Timeline | None = None
         self._ops = tuple(schedule.program(transport.rank))
         self._leaving = {op.region.buffer for op in self._ops if isinstance(op, Send) and op.region.slot == 0}
 
@@ -78,7 +79,15 @@ class Rank:
                 return f"{name} is {array.dtype.name}{array.shape}, expected {dtype.name}{shape}"
         return None
 
-    def walker(self, *arrays: Array) -> Walker:
+    @property
+    def timeline(self) -> Timeline | None:
+        """What the last run that came to its end took; of a device, once that has come to its end too, for which this waits."""
+        if self._timeline is None and self._walked is not None:
+            inputs = {"digest": self.schedule.digest, "world_size": self.schedule.world_size}
+            self._timeline = Timeline(source="measured", events=self._walked.measured(), **inputs)
+        return self._timeline
+
+    def walker(self, *arrays: Array, stream: Any = None) -> Walker:
         """A walker over the caller's arrays; each is copied only if it leaves from there and is not dense."""
         names = (*self._given, *self._taken)
         if len(arrays) != len(names):
@@ -86,18 +95,19 @@ class Rank:
         if message := self.complaint(*arrays):
             raise ArrayError(f"rank {self.transport.rank}: {message}")
         held = {
-            name: np.ascontiguousarray(array) if name in self._leaving else array
+            name: self.backend.dense(name, array) if name in self._leaving else array
             for name, array in zip(names, arrays, strict=True)
         }
         self.memory.bind(**held)
+        self._walked = self._timeline = None
+        self.backend.begin(stream)
         return Walker(self._ops, self.memory, self.backend, self.transport, self.schedule.workload.softmax_scale)
 
-    def finish(self, walker: Walker) -> Array:
-        """Take the walker's measurements, release the caller's arrays; returns lse, made or given, (batch, heads, local seq)."""
+    def finish(self, walker: Walker, stream: Any = None) -> Array:
+        """Keep the walker's measurements, release the caller's arrays; returns lse, made or given, (batch, heads, local seq)."""
         lse = self._lse()
-        self.timeline = Timeline(
-            source="measured", digest=self.schedule.digest, world_size=self.schedule.world_size, events=tuple(walker.events)
-        )
+        self.backend.end(stream)
+        self._walked = walker
         self.memory.release()
         return lse
 
@@ -105,17 +115,21 @@ class Rank:
         work = self.schedule.workload
         whole = self.schedule.job.home("lse", self.schedule.job.q_block(self.transport.rank))
         if not whole.nbytes:
-            return np.empty((work.batch, work.heads, self.shapes()["q"][1]), numpy_dtype(whole.dtype))
+            shape = (work.batch, work.heads, self.shapes()["q"][1])
+            return self.backend.empty(0).view(numpy_dtype(whole.dtype)).reshape(shape)
         lse = self.memory.array(whole)
-        return lse if "lse" in self._given else lse.copy()
+        return lse if "lse" in self._given else self.backend.copy(lse)
 
-    def run(self, *arrays: Array) -> Array:
-        """Run once, writing the outputs; returns lse. Collective. Raises PeerTimeout, ArrayError."""
-        walker = self.walker(*arrays)
+    def run(self, *arrays: Array, stream: Any = None) -> Array:
+        """Run once, writing the outputs; returns lse. Collective. Raises PeerTimeout, ArrayError, DeviceError.
+
+        On a device the run is queued when this returns, all its messages have come, and `stream` goes on after it.
+        """
+        walker = self.walker(*arrays, stream=stream)
         try:
             drive(walker, self.transport, timeout_s=self.timeout_s)
+            return self.finish(walker, stream)
         except BaseException as error:
             _ABANDONED.append(self.memory)
             self.transport.failure = self.transport.failure or f"{type(error).__name__}: {error}"
             raise
-        return self.finish(walker)

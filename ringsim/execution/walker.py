@@ -4,112 +4,119 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from ..errors import PeerTimeout
+from ..errors import DeviceError, PeerTimeout
 from ..schedule import Compute, Op, Recv, Region, Send, Wait
-from ..timeline import Event
-from ..transport import Handle, Transport
+from ..timeline import POSTS, Event
+from ..transport import Transport
 from .memory import Memory
+from .posts import Launched, Posts
+
+Fetch = Callable[[Region], npt.NDArray[Any]]
+IDLE_S = 20e-6
 
 
 class Backend(Protocol):
-    """What runs kernels."""
+    """What runs kernels, and whose memory they run on: the host's, or that of a device which runs them later."""
 
     @property
     def name(self) -> str:
         """``numpy`` or ``cupy``."""
 
-    def compute(
-        self, op: Compute, fetch: Callable[[Region], npt.NDArray[Any]], *, scale: float, poll: Callable[[], None]
-    ) -> None:
-        """Run one op on the arrays of its regions, calling `poll` between micro-tiles."""
+    def empty(self, nbytes: int) -> npt.NDArray[Any]:
+        """A flat uint8 array in the memory that kernels work on."""
+
+    def dense(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The caller's array as one that can be sent as it is. Raises ArrayError where that takes a copy that costs too much."""
+
+    def copy(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A copy of an array of the run, as it is after all kernels so far."""
+
+    def begin(self, stream: Any) -> None:
+        """A run begins: its kernels come after what the caller has queued on `stream` (None: on his current one)."""
+
+    def end(self, stream: Any) -> None:
+        """A run ends: what the caller queues on `stream` from now on comes after its kernels."""
+
+    def compute(self, op: Compute, fetch: Fetch, *, scale: float, poll: Callable[[], None]) -> Launched | None:
+        """Run one op on the arrays of its regions, calling `poll` between micro-tiles; or launch it, for a device to run."""
+
+    def gate(self, post: Send | Recv) -> Launched | None:
+        """The last work on a device that must be done before the post is made: on what it sends, or would overwrite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """What a walker yields: the Wait op at which it stands and the posts that are not complete."""
+    """What a walker yields: the Wait op at which it stands, the posts that are not complete, whether some wait for the device."""
 
     op: Wait
     posts: tuple[Send | Recv, ...]
+    held: bool = False
 
 
 class Walker:
-    """Walks one rank's program; `run` is the generator, `events` what it measured."""
+    """Walks one rank's program; `run` is the generator, `measured` says what it took."""
 
     def __init__(self, ops: Iterable[Op], memory: Memory, backend: Backend, transport: Transport, scale: float) -> None:
-        self.events: list[Event] = []
+        self._events: list[Event | tuple[Event, Launched]] = []
         self._ops = ops
         self._memory = memory
         self._backend = backend
         self._transport = transport
         self._scale = scale
-        self._posts: dict[int, tuple[Send | Recv, Handle]] = {}
+        self._posts = Posts(transport, memory)
         self._polled_s = self._polled_cpu_s = 0.0
 
     def run(self) -> Generator[Blocked, None, None]:
-        """Walk to the end, yielding a Blocked each time a wait is polled in vain."""
+        """Walk to the end, yielding a Blocked each time a wait is polled in vain. Raises DeviceError naming rank and op."""
         for op in self._ops:
-            if isinstance(op, Send):
-                self._posts[op.id] = op, self._transport.isend(self._memory.bytes(op.region), op.peer, op.tag)
-            elif isinstance(op, Recv):
-                self._posts[op.id] = op, self._transport.irecv(self._memory.bytes(op.region), op.peer, op.tag)
-            elif isinstance(op, Wait):
-                yield from self._wait(op)
-            else:
-                self._compute(op)
+            try:
+                if isinstance(op, Wait):
+                    yield from self._wait(op)
+                elif isinstance(op, Compute):
+                    self._compute(op)
+                else:
+                    self._posts.add(op, self._backend.gate(op))
+            except DeviceError as error:
+                kind = op.kernel if isinstance(op, Compute) else type(op).__name__.lower()
+                raise DeviceError(f"rank {self._transport.rank}: at op {op.id} ({kind}, step {op.step}): {error}") from error
 
     def _wait(self, op: Wait) -> Generator[Blocked, None, None]:
         start_s, start_cpu_s = time.perf_counter(), time.thread_time()
-        posts = [self._posts[post] for post in op.posts]
         # what is already done needs no poll, which might first move some other message
         polled = False
-        while missing := tuple(post for post, handle in posts if not handle.done):
+        while missing := self._posts.missing(op.posts):
             if polled:
-                yield Blocked(op, missing)
-            self._transport.poll()
+                yield Blocked(op, missing, self._posts.held)
+            self._posts.advance()
             polled = True
         cpu_s = time.thread_time() - start_cpu_s
-        for post in op.posts:
-            self._record_post(post)
-        self._record(op, "wait", start_s, cpu_s=cpu_s)
+        self._events += [self._posts.take(post) for post in op.posts]
+        self._events.append(self._event(op, "wait", start_s, cpu_s=cpu_s))
 
     def _compute(self, op: Compute) -> None:
         self._polled_s = self._polled_cpu_s = 0.0
         start_s, start_cpu_s = time.perf_counter(), time.thread_time()
-        self._backend.compute(op, self._memory.array, scale=self._scale, poll=self._poll)
+        launched = self._backend.compute(op, self._memory.array, scale=self._scale, poll=self._poll)
         cpu_s = time.thread_time() - start_cpu_s - self._polled_cpu_s
-        self._record(op, op.kernel, start_s, cpu_s=cpu_s, poll_s=self._polled_s)
+        if launched is None:
+            self._events.append(self._event(op, op.kernel, start_s, cpu_s=cpu_s, poll_s=self._polled_s))
+        else:
+            self._events.append((self._event(op, op.kernel, start_s), launched))
 
     def _poll(self) -> None:
         if self._posts:
             start_s, start_cpu_s = time.perf_counter(), time.thread_time()
-            self._transport.poll()
+            self._posts.advance()
             self._polled_s += time.perf_counter() - start_s
             self._polled_cpu_s += time.thread_time() - start_cpu_s
 
-    def _record_post(self, post_id: int) -> None:
-        op, handle = self._posts.pop(post_id)
-        kind, end_s = "send" if isinstance(op, Send) else "recv", handle.done_s or handle.posted_s
-        event = Event(
-            rank=self._transport.rank,
-            op=op.id,
-            kind=kind,
-            step=op.step,
-            phase=op.phase,
-            start_s=handle.posted_s,
-            end_s=end_s,
-            nbytes=op.region.nbytes,
-            peer=op.peer,
-            tag=op.tag,
-        )
-        self.events.append(event)
-
-    def _record(self, op: Wait | Compute, kind: str, start_s: float, *, cpu_s: float, poll_s: float = 0.0) -> None:
-        event = Event(
+    def _event(self, op: Wait | Compute, kind: str, start_s: float, *, cpu_s: float = 0.0, poll_s: float = 0.0) -> Event:
+        return Event(
             rank=self._transport.rank,
             op=op.id,
             kind=kind,
@@ -120,7 +127,31 @@ class Walker:
             cpu_s=cpu_s,
             poll_s=poll_s,
         )
-        self.events.append(event)
+
+    def measured(self) -> tuple[Event, ...]:
+        """The events of the walk. Of a device, kernels when it ran them, and waits from when it had nothing left to run."""
+        return tuple(on_device(self._events))
+
+
+def on_device(events: Iterable[Event | tuple[Event, Launched]]) -> Iterable[Event]:
+    """Events in program order on the axis of what computes: the host, or a device which the host runs ahead of.
+
+    A launched kernel stands where the device ran it. A wait of the host hides behind the kernels launched before it: what is
+    left of it, after their end, is the wait of the device.
+    """
+    free_s = float("-inf")
+    for one in events:
+        if isinstance(one, tuple):
+            event, launched = one
+            begin_s, end_s = launched.span_s() or (max(free_s, event.start_s),) * 2
+            event = replace(event, start_s=max(begin_s, free_s), end_s=max(end_s, free_s))
+            free_s = event.end_s
+        elif one.kind in POSTS:
+            event = one
+        else:
+            event = replace(one, start_s=max(one.start_s, free_s), end_s=max(one.end_s, free_s))
+            free_s = event.end_s
+        yield event
 
 
 def drive(walker: Walker, transport: Transport, *, timeout_s: float) -> None:
@@ -135,10 +166,14 @@ def drive(walker: Walker, transport: Transport, *, timeout_s: float) -> None:
         attempt += 1
 
 
-def drive_all(walkers: list[Walker]) -> None:
-    """Step all ranks' walkers by turns in this thread, always in the same order. Raises PeerTimeout on a deadlock."""
+def drive_all(walkers: list[Walker], *, patience_s: float = 0.0) -> None:
+    """Step all ranks' walkers by turns in this thread, always in the same order. Raises PeerTimeout on a deadlock.
+
+    Where messages or kernels take their time, `patience_s` is how long nothing at all may change.
+    """
     running = [(rank, walker.run()) for rank, walker in enumerate(walkers)]
     stuck: dict[int, Blocked] = {}
+    changed_s = time.perf_counter()
     while running:
         before, still = dict(stuck), []
         for rank, walk in running:
@@ -148,7 +183,11 @@ def drive_all(walkers: list[Walker]) -> None:
             else:
                 stuck[rank] = blocked
                 still.append((rank, walk))
-        if still and stuck == before:
+        if stuck != before:
+            changed_s = time.perf_counter()
+        elif still and time.perf_counter() - changed_s < patience_s:
+            time.sleep(IDLE_S)
+        elif still:
             waiting = "; ".join(f"rank {rank}: {_describe(blocked)}" for rank, blocked in stuck.items())
             raise PeerTimeout(f"deadlock: no rank can go on: {waiting}")
         running = still
@@ -160,4 +199,5 @@ def _describe(blocked: Blocked) -> str:
         f"rank {post.peer} (op {post.id}, tag {post.tag}, {post.region.nbytes} B)"
         for post in blocked.posts
     )
-    return f"op {blocked.op.id} (wait, step {blocked.op.step}) for {posts}"
+    device = "; some posts wait for the device" if blocked.held else ""
+    return f"op {blocked.op.id} (wait, step {blocked.op.step}) for {posts}{device}"

@@ -39,6 +39,12 @@ class Calls(Protocol):
     (DeviceError).
     """
 
+    def activate(self) -> None:
+        """Make the device the current one of this thread."""
+
+    def caller(self, stream: Any) -> Stream:
+        """The caller's stream: CuPy's, torch's, the address of one as an int; None is the current one of CuPy in this thread."""
+
     def empty(self, nbytes: int) -> DeviceArray:
         """`nbytes` of device memory as a flat uint8 array, aligned to 256 bytes."""
 

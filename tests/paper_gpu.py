@@ -66,7 +66,15 @@ class PaperGpu:
         self.eager = eager
         self._run = run
 
+        self.current = self.stream()
+
     # memory
+
+    def activate(self):
+        self.log.append(("activate",))
+
+    def caller(self, stream):
+        return self.current if stream is None else stream
 
     def empty(self, nbytes):
         self.log.append(("empty", nbytes))

@@ -1,0 +1,232 @@
+"""The CuPy backend: one stream of kernels, tiles by fused kernels, and posts held until the device is done with their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from ringsim.backends.cuda import Calls, DeviceArray, Stream
+from ringsim.backends.cuda_order import Mark, Order
+from ringsim.backends.cuda_pending import Ledger, places_of
+from ringsim.backends.cuda_state import Partial, StateKernels
+from ringsim.backends.cuda_tiles import Backward, Band, Forward, Part, Tiles, parts_of
+from ringsim.dtypes import ITEMSIZE, numpy_dtype
+from ringsim.errors import ArrayError, DeviceError
+from ringsim.schedule.ops import Compute, Recv, Region, Send
+from ringsim.tile import Tile
+
+Fetch = Callable[[Region], DeviceArray]
+OWN_STATE: Final = ("reset", "attend", "finish")
+"""Kernels that know of partial outputs not yet folded in."""
+TRANSPOSED: Final = (1, 0, 2, 3)
+
+
+class CupyBackend:
+    """Launches Compute ops on one stream of one device; `tiles` are the fused kernels to try, in this order.
+
+    A tile's output is a partial that is folded into the state with others, in one pass and by float32 (float64) sums; so
+    `reset` launches nothing, and `finish` folds in what is left. Launches wait for nothing; `gate` says what a post must wait
+    for. All arrays lie in device memory. Raises DeviceError.
+    """
+
+    name = "cupy"
+
+    def __init__(self, calls: Calls, tiles: Sequence[Tiles]) -> None:
+        self.calls = calls
+        self.tiles = tuple(tiles)
+        self.stream: Stream = calls.stream()
+        self._kernels = StateKernels(calls)
+        self._ledger = Ledger(calls, self._kernels)
+        self._order = Order(calls, self.stream)
+        self._chosen: dict[Any, Tiles] = {}
+        self._launches = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory held as scratch now: partial outputs, and what the fused kernels hold."""
+        return self._ledger.scratch.nbytes + sum(one.nbytes for one in self.tiles)
+
+    def empty(self, nbytes: int) -> DeviceArray:
+        """Device memory, as a flat uint8 array."""
+        return self.calls.empty(nbytes)
+
+    def dense(self, name: str, array: DeviceArray) -> DeviceArray:
+        """The array as it is. Raises ArrayError where it is not dense: a copy in device memory is the caller's to make."""
+        if not array.flags.c_contiguous:
+            raise ArrayError(
+                f"{name} leaves from where it lies and is not dense (shape {array.shape}, strides {array.strides} bytes): pass "
+                f"cupy.ascontiguousarray({name}), or {name}.contiguous() of torch"
+            )
+        return array
+
+    def copy(self, array: DeviceArray) -> DeviceArray:
+        """A copy of an array of the run, queued."""
+        made = self.calls.empty(array.nbytes).view(array.dtype).reshape(array.shape)
+        self._kernels.copy(made, array, self.stream)
+        return made
+
+    def begin(self, stream: Stream) -> None:
+        """Kernels of this run come after what `stream` (None: the caller's current one) has been given, and so do its posts."""
+        self.calls.activate()
+        self._ledger.begin()
+        self.calls.wait(self.stream, self.calls.record(self.calls.caller(stream)))
+        self._order.begin()
+
+    def end(self, stream: Stream) -> None:
+        """What `stream` is given from now on comes after this run's kernels."""
+        self.calls.wait(self.calls.caller(stream), self._order.event())
+
+    def gate(self, post: Send | Recv) -> Mark | None:
+        """What the device must have done before the post; what leaves is brought up to date first."""
+        for pending in self._ledger.meeting((post.region,)):
+            if isinstance(post, Send):
+                first = self._order.event()
+                self._ledger.fold(pending, self.stream)
+                self._order.mark(first, (), pending.places, idle=False)
+        return self._order.gate(post)
+
+    def compute(self, op: Compute, fetch: Fetch, *, scale: float, poll: Callable[[], None]) -> Mark:
+        """Launch one op."""
+        first, self._launches = self._order.event(), 0
+        writes = op.writes
+        for pending in self._ledger.meeting((*op.reads, *writes), places_of(op) if op.kernel in OWN_STATE else ()):
+            self._ledger.fold(pending, self.stream)
+            writes += pending.places
+            self._launches += 1
+        run: Callable[[Compute, Fetch, float], None] = getattr(self, f"_{op.kernel}", self._unknown)
+        run(op, fetch, scale)
+        mark = self._order.mark(first, op.reads, writes, idle=not self._launches)
+        poll()
+        return mark
+
+    def _unknown(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        raise DeviceError(f"backend 'cupy' has no kernel {op.kernel!r} (op {op.id})")
+
+    def _reset(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        places = places_of(op)
+        state = (fetch(places[0]), fetch(places[1]), fetch(places[2]))
+        # what the state lacked is of no use any more
+        for _ in self._ledger.meeting(places):
+            pass
+        self._ledger.reset(places, state)
+
+    def _attend(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        q, k, v = (fetch(region) for region in op.reads[:3])
+        places = places_of(op)
+        pending = self._ledger.of(places, (fetch(places[0]), fetch(places[1]), fetch(places[2])))
+        for tile, part in parts_of(op.tiles):
+            fused = self._fused(q, v, part, backward=False)
+            for heads, kv_heads in head_ranges(tile, q.shape[2] // k.shape[2]):
+                (b, e), (begin, end) = tile.batch, part.q_rows
+                shape = (e - b, end - begin, heads[1] - heads[0], v.shape[3])
+                out, lse = self._ledger.room(pending, shape, fused.partial(q.dtype.name), self.stream)
+                operands = Forward(
+                    _rows(q, tile, part.q_rows, heads),
+                    _rows(k, tile, part.k_rows, kv_heads),
+                    _rows(v, tile, part.k_rows, kv_heads),
+                    out,
+                    lse,
+                )
+                fused.attend(operands, part.band, scale, self.stream)
+                pending.partials.append(Partial(tile.batch, heads, part.q_rows, out, lse))
+                self._launches += 1
+
+    def _finish(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        places = places_of(op)
+        pending = self._ledger.of(places, (fetch(places[0]), fetch(places[1]), fetch(places[2])))
+        self._ledger.finish(pending, fetch(op.writes[0]), fetch(op.writes[1]), self.stream)
+        self._launches += 1
+
+    def _merge(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        arrays = [fetch(region) for region in op.reads]
+        self._kernels.merge((arrays[0], arrays[1], arrays[2]), (arrays[3], arrays[4], arrays[5]), self.stream)
+        self._launches += 1
+
+    def _pack(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        for source, target in zip(op.reads, op.writes, strict=True):
+            self._kernels.copy(fetch(target), fetch(source), self.stream)
+            self._launches += 1
+
+    def _delta(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        out, dout = (fetch(region) for region in op.reads)
+        self._kernels.delta(out, dout, fetch(op.writes[0]), self.stream)
+        self._launches += 1
+
+    def _clear(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        for region in op.writes:
+            self._kernels.clear(fetch(region), self.stream)
+            self._launches += 1
+
+    def _accumulate(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        count = len(op.writes)
+        for mine, other in zip(op.reads[:count], op.reads[count:], strict=True):
+            total, addend = fetch(mine), fetch(other)
+            if other.box is not None and mine.box is None:
+                total = total[tuple(slice(begin, end) for begin, end in other.box)]
+            self._kernels.accumulate(total, addend, self.stream)
+            self._launches += 1
+
+    def _cast(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        for source, target in zip(op.reads, op.writes, strict=True):
+            self._kernels.cast(fetch(target), fetch(source).transpose(TRANSPOSED), self.stream)
+            self._launches += 1
+
+    def _attend_backward(self, op: Compute, fetch: Fetch, scale: float) -> None:
+        q, k, v, dout, lse, delta = (fetch(region) for region in op.reads[:6])
+        sums = [fetch(region).transpose(TRANSPOSED) for region in op.writes]
+        for tile, part in parts_of(op.tiles):
+            fused = self._fused(q, v, part, backward=True)
+            for heads, kv_heads in head_ranges(tile, q.shape[2] // k.shape[2]):
+                of = (part.q_rows, heads), (part.k_rows, kv_heads), (part.k_rows, kv_heads)
+                mine, keys, values = (_rows(one, tile, *where) for one, where in zip((q, k, v), of, strict=True))
+                per_row = [one[slice(*tile.batch), slice(*heads), slice(*part.q_rows)] for one in (lse, delta)]
+                made, pieces = self._gradients((mine, keys, values), fused.partial(q.dtype.name))
+                operands = Backward(mine, keys, values, _rows(dout, tile, part.q_rows, heads), *per_row, *made)
+                fused.attend_backward(operands, part.band, scale, self.stream)
+                for total, where, added in zip(sums, of, made, strict=True):
+                    self._kernels.accumulate(_rows(total, tile, *where), added, self.stream)
+                self._launches += 1
+                for piece in pieces:
+                    self._ledger.scratch.give_back(piece)
+
+    def _gradients(self, shaped_as: Sequence[DeviceArray], dtype: str) -> tuple[list[DeviceArray], list[DeviceArray]]:
+        """Scratch for dq, dk and dv of a tile, and its pieces."""
+        pieces = [self._ledger.scratch.take(one.size * ITEMSIZE[dtype]) for one in shaped_as]
+        made = [
+            piece[: one.size * ITEMSIZE[dtype]].view(numpy_dtype(dtype)).reshape(one.shape)
+            for piece, one in zip(pieces, shaped_as, strict=True)
+        ]
+        return made, pieces
+
+    def _fused(self, q: DeviceArray, v: DeviceArray, part: Part, *, backward: bool) -> Tiles:
+        """The first of the fused kernels that computes such a tile."""
+        key = (q.dtype.name, q.shape[3], v.shape[3], part.band, backward)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(q.dtype.name, (q.shape[3], v.shape[3]), part.band, backward=backward)
+        return self._chosen[key]
+
+    def _choose(self, dtype: str, widths: tuple[int, int], band: Band | None, *, backward: bool) -> Tiles:
+        refused = []
+        for fused in self.tiles:
+            reason = fused.refuses(dtype, widths, band, backward=backward)
+            if reason is None:
+                return fused
+            refused.append(f"{fused.name}: {reason}")
+        raise DeviceError(f"no fused kernel for {dtype} head_dim {widths[0]}, v_head_dim {widths[1]}: {'; '.join(refused)}")
+
+
+def head_ranges(tile: Tile, group: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """A tile's query heads with their key/value heads, so cut that each range has all query heads of its key/value heads, or
+    some of one alone.
+    """
+    begin, end = tile.heads
+    while begin < end:
+        whole = (end - begin) // group * group if begin % group == 0 else 0
+        stop = begin + whole if whole else min(end, (begin // group + 1) * group)
+        yield (begin, stop), (begin // group, -(-stop // group))
+        begin = stop
+
+
+def _rows(array: DeviceArray, tile: Tile, rows: tuple[int, int], heads: tuple[int, int]) -> DeviceArray:
+    """Some rows and heads of (batch, rows, heads, width) for the tile's sequences."""
+    return array[slice(*tile.batch), slice(*rows), slice(*heads)]

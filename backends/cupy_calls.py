@@ -1,0 +1,175 @@
+"""The CUDA calls by CuPy, on one device: thin, for only a GPU can test it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ringsim.backends.cuda import DeviceArray, Event, Kernel, Launch, Stream
+from ringsim.backends.cuda_sources import options_of, text_of
+from ringsim.errors import ArrayError, DeviceError, MissingDependency
+
+MOST_STATIC_SHARED = 48 * 1024
+"""Bytes of dynamic shared memory that a kernel may have without asking. CUDA C++ Programming Guide, 'Shared Memory'."""
+MILLISECOND_S = 1e-3
+
+
+def load() -> Any:
+    """The module cupy. Raises MissingDependency where it, or a GPU that it can use, is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        remedy = "pip install 'ringsim[gpu-cuda13]' ('ringsim[gpu-cuda12]' for a driver of CUDA 12)"
+        raise MissingDependency(f"backend 'cupy' needs CuPy, which cannot be imported ({error}): {remedy}") from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(
+            f"backend 'cupy' needs an NVIDIA GPU, and CUDA finds none ({error}): `nvidia-smi` says whether the driver sees one, "
+            "CUDA_VISIBLE_DEVICES whether it is hidden; or use --backend numpy"
+        ) from error
+    if not count:
+        raise DeviceError("backend 'cupy' needs an NVIDIA GPU, and CUDA_VISIBLE_DEVICES leaves none; or use --backend numpy")
+    return cupy
+
+
+class CupyCalls:
+    """`Calls` of device number `device`, as CUDA counts those that are visible."""
+
+    def __init__(self, device: int = 0) -> None:
+        self._cupy = load()
+        self._runtime = self._cupy.cuda.runtime
+        self.device = device
+        self.activate()
+        self._modules: dict[Kernel, Any] = {}
+
+    @contextmanager
+    def _said(self, what: str) -> Iterator[None]:
+        """CUDA's errors as ours."""
+        try:
+            yield
+        except (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError) as error:
+            raise DeviceError(f"device {self.device}: {what}: {error}") from error
+        except self._cupy.cuda.memory.OutOfMemoryError as error:
+            raise DeviceError(f"device {self.device}: {what}: {error}; `ringsim memory` says what a rank needs") from error
+
+    def activate(self) -> None:
+        """cudaSetDevice."""
+        with self._said("cudaSetDevice"):
+            self._runtime.setDevice(self.device)
+
+    def caller(self, stream: Any) -> Stream:
+        """A CuPy stream of the caller's."""
+        if stream is None:
+            return self._cupy.cuda.get_current_stream()
+        if isinstance(stream, self._cupy.cuda.Stream | self._cupy.cuda.ExternalStream):
+            return stream
+        address = getattr(stream, "cuda_stream", stream)
+        if not isinstance(address, int) or isinstance(address, bool):
+            raise ArrayError(f"stream is {stream!r}; give a stream of CuPy or torch, its address as an int, or None")
+        return self._cupy.cuda.ExternalStream(address, self.device)
+
+    def empty(self, nbytes: int) -> DeviceArray:
+        """cudaMalloc: an allocation of its own, as CUDA IPC needs, freed with the last array on it."""
+        if not nbytes:
+            return self._cupy.empty(0, np.uint8)
+        with self._said(f"allocating {nbytes} bytes"):
+            memory = self._cupy.cuda.MemoryPointer(self._cupy.cuda.Memory(nbytes), 0)
+            return self._cupy.ndarray((nbytes,), np.uint8, memptr=memory)
+
+    def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """cudaHostAlloc."""
+        with self._said(f"allocating {nbytes} bytes of page-locked memory"):
+            return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+
+    def stream(self) -> Stream:
+        """cudaStreamCreateWithFlags, non-blocking."""
+        with self._said("creating a stream"):
+            return self._cupy.cuda.Stream(non_blocking=True)
+
+    def record(self, stream: Stream, event: Event | None = None) -> Event:
+        """cudaEventRecord."""
+        with self._said("recording an event"):
+            made = self._cupy.cuda.Event() if event is None else event
+            made.record(stream)
+        return made
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """cudaStreamWaitEvent."""
+        with self._said("waiting for an event"):
+            stream.wait_event(event)
+
+    def done(self, event: Event) -> bool:
+        """cudaEventQuery."""
+        with self._said("asking for an event"):
+            return bool(event.done)
+
+    def synchronize(self, event: Event) -> None:
+        """cudaEventSynchronize."""
+        with self._said("waiting for an event"):
+            event.synchronize()
+
+    def elapsed_s(self, first: Event, last: Event) -> float:
+        """cudaEventElapsedTime."""
+        with self._said("reading events"):
+            return float(self._cupy.cuda.get_elapsed_time(first, last)) * MILLISECOND_S
+
+    def copy(self, target: DeviceArray, source: DeviceArray, stream: Stream) -> None:
+        """cudaMemcpyAsync."""
+        if target.nbytes != source.nbytes:
+            raise DeviceError(f"a copy of {source.nbytes} bytes into {target.nbytes}")
+        if target.nbytes:
+            with self._said(f"copying {target.nbytes} bytes"):
+                kind = self._runtime.memcpyDefault
+                self._runtime.memcpyAsync(address(target), address(source), target.nbytes, kind, stream.ptr)
+
+    def fill(self, target: DeviceArray, byte: int, stream: Stream) -> None:
+        """cudaMemsetAsync."""
+        if target.nbytes:
+            with self._said(f"filling {target.nbytes} bytes"):
+                self._runtime.memsetAsync(address(target), byte, target.nbytes, stream.ptr)
+
+    def launch(self, kernel: Kernel, shape: Launch, arguments: Sequence[Any], stream: Stream) -> None:
+        """cuLaunchKernel; the kernel is compiled by NVRTC when it is first launched, and kept on disk by CuPy."""
+        with self._said(f"kernel {kernel.name}"), stream:
+            function = self._function(kernel)
+            if shape.shared_nbytes > max(MOST_STATIC_SHARED, function.max_dynamic_shared_size_bytes):
+                function.max_dynamic_shared_size_bytes = shape.shared_nbytes
+            given = tuple(np.uintp(0) if one is None else one for one in arguments)
+            function(shape.grid, shape.block, given, shared_mem=shape.shared_nbytes)
+
+    def _function(self, kernel: Kernel) -> Any:
+        if kernel not in self._modules:
+            try:
+                module = self._cupy.RawModule(code=text_of(kernel.source), options=options_of(kernel), backend="nvrtc")
+                self._modules[kernel] = module.get_function(kernel.name)
+            except self._cupy.cuda.compiler.CompileException as error:
+                raise DeviceError(f"kernel {kernel.name} of {kernel.source} does not compile here: {error}") from error
+        return self._modules[kernel]
+
+    def facts(self) -> dict[str, Any]:
+        """What a measurement on this device depends on: its name and size, the driver, the libraries."""
+        properties = self._runtime.getDeviceProperties(self.device)
+        from cupy_backends.cuda.libs import nvrtc
+
+        return {
+            "device": properties["name"].decode(),
+            "compute_capability": f"{properties['major']}.{properties['minor']}",
+            "units": int(properties["multiProcessorCount"]),
+            "memory_nbytes": int(properties["totalGlobalMem"]),
+            "uuid": properties["uuid"].hex(),
+            "pci_bus": self._runtime.deviceGetPCIBusId(self.device),
+            "driver": self._runtime.driverGetVersion(),
+            "runtime": self._runtime.runtimeGetVersion(),
+            "nvrtc": list(nvrtc.getVersion()),
+            "cupy": self._cupy.__version__,
+        }
+
+
+def address(array: Any) -> int:
+    """Where an array begins, in device or host memory."""
+    return int(array.data.ptr if hasattr(array.data, "ptr") else array.ctypes.data)

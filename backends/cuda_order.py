@@ -11,7 +11,6 @@ from ringsim.backends.cuda import Calls, Event, Stream
 from ringsim.errors import DeviceError
 from ringsim.schedule.ops import Recv, Region, Send
 
-
 READINGS: Final = 5
 
 

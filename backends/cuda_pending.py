@@ -112,7 +112,7 @@ class Ledger:
         self._close(pending)
 
     def meeting(self, regions: tuple[Region, ...], but: Places = ()) -> Iterator[Pending]:
-        """The entries of which one of the regions is a part, but for that of the state at `but`; each is removed after its turn."""
+        """The entries of which some region is a part, but for that of the state at `but`; each is removed after its turn."""
         for pending in tuple(self._open):
             if not (but and _same(pending.places, but)) and any(pending.meets(region) for region in regions):
                 yield pending

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringsim.backends.cuda import DeviceArray, Event, Kernel, Launch, Stream
-from ringsim.backends.cuda_sources import options_of, text_of
+from ringsim.backends.cuda_sources import definitions, text_of
 from ringsim.errors import ArrayError, DeviceError, MissingDependency
 
 MOST_STATIC_SHARED = 48 * 1024
@@ -58,7 +58,7 @@ class CupyCalls:
             raise DeviceError(f"device {self.device}: {what}: {error}; `ringsim memory` says what a rank needs") from error
 
     def activate(self) -> None:
-        """cudaSetDevice."""
+        """By cudaSetDevice."""
         with self._said("cudaSetDevice"):
             self._runtime.setDevice(self.device)
 
@@ -74,7 +74,7 @@ class CupyCalls:
         return self._cupy.cuda.ExternalStream(address, self.device)
 
     def empty(self, nbytes: int) -> DeviceArray:
-        """cudaMalloc: an allocation of its own, as CUDA IPC needs, freed with the last array on it."""
+        """By cudaMalloc: an allocation of its own, as CUDA IPC needs, freed with the last array on it."""
         if not nbytes:
             return self._cupy.empty(0, np.uint8)
         with self._said(f"allocating {nbytes} bytes"):
@@ -82,44 +82,44 @@ class CupyCalls:
             return self._cupy.ndarray((nbytes,), np.uint8, memptr=memory)
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """cudaHostAlloc."""
+        """By cudaHostAlloc."""
         with self._said(f"allocating {nbytes} bytes of page-locked memory"):
             return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
 
     def stream(self) -> Stream:
-        """cudaStreamCreateWithFlags, non-blocking."""
+        """By cudaStreamCreateWithFlags, non-blocking."""
         with self._said("creating a stream"):
             return self._cupy.cuda.Stream(non_blocking=True)
 
     def record(self, stream: Stream, event: Event | None = None) -> Event:
-        """cudaEventRecord."""
+        """By cudaEventRecord."""
         with self._said("recording an event"):
             made = self._cupy.cuda.Event() if event is None else event
             made.record(stream)
         return made
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """cudaStreamWaitEvent."""
+        """By cudaStreamWaitEvent."""
         with self._said("waiting for an event"):
             stream.wait_event(event)
 
     def done(self, event: Event) -> bool:
-        """cudaEventQuery."""
+        """By cudaEventQuery."""
         with self._said("asking for an event"):
             return bool(event.done)
 
     def synchronize(self, event: Event) -> None:
-        """cudaEventSynchronize."""
+        """By cudaEventSynchronize."""
         with self._said("waiting for an event"):
             event.synchronize()
 
     def elapsed_s(self, first: Event, last: Event) -> float:
-        """cudaEventElapsedTime."""
+        """By cudaEventElapsedTime."""
         with self._said("reading events"):
             return float(self._cupy.cuda.get_elapsed_time(first, last)) * MILLISECOND_S
 
     def copy(self, target: DeviceArray, source: DeviceArray, stream: Stream) -> None:
-        """cudaMemcpyAsync."""
+        """By cudaMemcpyAsync."""
         if target.nbytes != source.nbytes:
             raise DeviceError(f"a copy of {source.nbytes} bytes into {target.nbytes}")
         if target.nbytes:
@@ -128,13 +128,13 @@ class CupyCalls:
                 self._runtime.memcpyAsync(address(target), address(source), target.nbytes, kind, stream.ptr)
 
     def fill(self, target: DeviceArray, byte: int, stream: Stream) -> None:
-        """cudaMemsetAsync."""
+        """By cudaMemsetAsync."""
         if target.nbytes:
             with self._said(f"filling {target.nbytes} bytes"):
                 self._runtime.memsetAsync(address(target), byte, target.nbytes, stream.ptr)
 
     def launch(self, kernel: Kernel, shape: Launch, arguments: Sequence[Any], stream: Stream) -> None:
-        """cuLaunchKernel; the kernel is compiled by NVRTC when it is first launched, and kept on disk by CuPy."""
+        """By cuLaunchKernel; the kernel is compiled by NVRTC when it is first launched, and kept on disk by CuPy."""
         with self._said(f"kernel {kernel.name}"), stream:
             function = self._function(kernel)
             if shape.shared_nbytes > max(MOST_STATIC_SHARED, function.max_dynamic_shared_size_bytes):
@@ -145,7 +145,7 @@ class CupyCalls:
     def _function(self, kernel: Kernel) -> Any:
         if kernel not in self._modules:
             try:
-                module = self._cupy.RawModule(code=text_of(kernel.source), options=options_of(kernel), backend="nvrtc")
+                module = self._cupy.RawModule(code=text_of(kernel.source), options=("-std=c++17", *definitions(kernel.types)))
                 self._modules[kernel] = module.get_function(kernel.name)
             except self._cupy.cuda.compiler.CompileException as error:
                 raise DeviceError(f"kernel {kernel.name} of {kernel.source} does not compile here: {error}") from error

@@ -45,8 +45,14 @@ class Calls(Protocol):
     def caller(self, stream: Any) -> Stream:
         """The caller's stream: CuPy's, torch's, the address of one as an int; None is the current one of CuPy in this thread."""
 
+    def view(self, name: str, value: Any) -> DeviceArray:
+        """The caller's argument `name` as an array of this device that shares its memory. Raises ArrayError."""
+
     def empty(self, nbytes: int) -> DeviceArray:
-        """`nbytes` of device memory as a flat uint8 array, aligned to 256 bytes."""
+        """`nbytes` of device memory as a flat uint8 array, aligned to 256 bytes: an allocation of its own."""
+
+    def pooled(self, nbytes: int) -> DeviceArray:
+        """The same from the pool that the caller's own arrays come from: cheap, and given back to it."""
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """`nbytes` of page-locked host memory."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
+
+import numpy as np
 
 from ringsim.backends.cuda import Calls, DeviceArray, Stream
 from ringsim.backends.cuda_order import Mark, Order
@@ -46,6 +49,14 @@ class CupyBackend:
         """Bytes of device memory held as scratch now: partial outputs, and what the fused kernels hold."""
         return self._ledger.scratch.nbytes + sum(one.nbytes for one in self.tiles)
 
+    def view(self, name: str, value: Any) -> DeviceArray:
+        """An argument as an array of this device that shares its memory. Raises ArrayError where it lies elsewhere."""
+        return self.calls.view(name, value)
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        """An array for the caller to keep, from the pool that the caller's own arrays come from."""
+        return self.calls.pooled(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
     def empty(self, nbytes: int) -> DeviceArray:
         """Device memory, as a flat uint8 array."""
         return self.calls.empty(nbytes)
@@ -61,7 +72,7 @@ class CupyBackend:
 
     def copy(self, array: DeviceArray) -> DeviceArray:
         """A copy of an array of the run, queued."""
-        made = self.calls.empty(array.nbytes).view(array.dtype).reshape(array.shape)
+        made = self.new(array.shape, array.dtype)
         self._kernels.copy(made, array, self.stream)
         return made
 

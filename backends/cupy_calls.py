@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ringsim.arrays import on_device
 from ringsim.backends.cuda import DeviceArray, Event, Kernel, Launch, Stream
 from ringsim.backends.cuda_sources import definitions, text_of
+from ringsim.dtypes import numpy_dtype
 from ringsim.errors import ArrayError, DeviceError, MissingDependency
 
 MOST_STATIC_SHARED = 48 * 1024
@@ -80,6 +82,37 @@ class CupyCalls:
         with self._said(f"allocating {nbytes} bytes"):
             memory = self._cupy.cuda.MemoryPointer(self._cupy.cuda.Memory(nbytes), 0)
             return self._cupy.ndarray((nbytes,), np.uint8, memptr=memory)
+
+    def pooled(self, nbytes: int) -> DeviceArray:
+        """From CuPy's memory pool, for the current stream."""
+        with self._said(f"allocating {nbytes} bytes"):
+            return self._cupy.empty(nbytes, np.uint8)
+
+    def view(self, name: str, value: Any) -> DeviceArray:
+        """A CuPy array, or anything in this device's memory that speaks DLPack or has __cuda_array_interface__, as a CuPy array."""
+        array = self._view(name, value)
+        if array.device.id != self.device:
+            raise ArrayError(f"{name} lies on device {array.device.id}; this rank computes on device {self.device}")
+        if array.ndim and array.size and array.shape[-1] > 1 and array.strides[-1] != array.itemsize:
+            raise ArrayError(f"{name} has strides {array.strides} bytes; its last axis must be dense: copy it first")
+        return array
+
+    def _view(self, name: str, value: Any) -> DeviceArray:
+        if isinstance(value, self._cupy.ndarray):
+            return value
+        if not on_device(value):
+            raise ArrayError(f"{name} is {type(value).__name__} in host memory; backend 'cupy' needs device memory: cupy.asarray")
+        if getattr(value, "requires_grad", False):
+            raise ArrayError(f"{name} requires grad; pass {name}.detach(), or use ringsim.bindings.torch")
+        if str(getattr(value, "dtype", "")) == "torch.bfloat16":
+            # as 16-bit integers: not every CuPy takes bfloat16 through DLPack
+            import torch
+
+            return self._cupy.from_dlpack(value.view(torch.int16)).view(numpy_dtype("bfloat16"))
+        try:
+            return self._cupy.from_dlpack(value) if hasattr(value, "__dlpack__") else self._cupy.asarray(value)
+        except (TypeError, ValueError, BufferError, RuntimeError) as error:
+            raise ArrayError(f"{name} ({type(value).__name__}) cannot be seen as a CuPy array: {error}") from error
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """By cudaHostAlloc."""

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ringsim.arrays import host_view
 from ringsim.backends import numpy_attend, numpy_backward, numpy_bounds, numpy_state
 from ringsim.backends.cpu import Cache, detect_cache, one_blas_thread
 from ringsim.backends.numpy_attend import AttendTile, Head
@@ -91,6 +92,14 @@ class NumpyBackend:
     def backward_blocking(self, dtype: str) -> Blocking:
         """The lowering of the backward for tiles computed in `dtype` (that of the sums)."""
         return self._backward_blocking or backward_blocking_for(self.cache, dtype)
+
+    def view(self, name: str, value: object) -> Array:
+        """An argument as a NumPy array that shares its memory. Raises ArrayError."""
+        return host_view(name, value)
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array for the caller to keep."""
+        return np.empty(shape, dtype)
 
     def empty(self, nbytes: int) -> Array:
         """Host memory, as a flat uint8 array, whose every page has been touched: the first run does not pay for it."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from . import balance
-from .arrays import Array, as_any_array, as_operands
+from .arrays import Array, View, as_operands, host_view
 from .errors import ArrayError, RankMismatch, RingsimError, WorkloadError
 from .mask import Causal, Documents, Full, Mask, both, mask_named, shortened
 from .partition import Partition
@@ -50,7 +50,7 @@ class Visibility:
         tokens = None
         if self.cu_seqlens is not None:
             plain = isinstance(self.cu_seqlens, list | tuple)
-            bounds = self.cu_seqlens if plain else as_any_array("cu_seqlens", self.cu_seqlens)
+            bounds = self.cu_seqlens if plain else host_view("cu_seqlens", self.cu_seqlens)
             documents = Documents.from_cu_seqlens(bounds)
             masks.append(documents)
             tokens = documents.extent
@@ -79,41 +79,41 @@ class Shards:
 
 def raise_common(transport: Transport, complaint: str | None) -> None:
     """Raise RankMismatch on every rank if any has a complaint; collective."""
-    _raise_if_any(transport.allgather(complaint))
+    raise_if_any(transport.allgather(complaint))
 
 
 def same_call(transport: Transport, complaint: str | None, call: str) -> None:
     """Raise RankMismatch on every rank if any has a complaint, or unless all make the same call; collective."""
     said = transport.allgather((complaint, call))
-    _raise_if_any([message for message, _ in said])
+    raise_if_any([message for message, _ in said])
     calls = [{"pass": made} for _, made in said]
-    _raise_if_any([_difference(made, calls) for made in calls])
+    raise_if_any([_difference(made, calls) for made in calls])
 
 
 def same_settings(transport: Transport, settings: dict[str, Any]) -> None:
     """Raise RankMismatch on every rank unless all have the same settings; collective."""
     said = transport.allgather(settings)
-    _raise_if_any([_difference(found, said) for found in said])
+    raise_if_any([_difference(found, said) for found in said])
 
 
-def same_plan(transport: Transport, build: Callable[[], tuple[Schedule, Any]], *, check: bool) -> tuple[Schedule, Any]:
-    """Build schedule and backend, and make sure that all ranks built the same schedule.
+def same_plan(transport: Transport, build: Callable[[], Schedule], *, check: bool) -> Schedule:
+    """Build a schedule, and make sure that all ranks built the same.
 
     Raises the builder's own error where it fails, RankMismatch on the other ranks and where schedules differ.
     """
-    plan: tuple[Schedule, Any] | None = None
+    plan: Schedule | None = None
     failure: RingsimError | None = None
     try:
         plan = build()
     except RingsimError as error:
         failure = error
-    inputs = {} if plan is None else _flat(plan[0].inputs()) | {"check": check}
+    inputs = {} if plan is None else _flat(plan.inputs()) | {"check": check}
     said = transport.allgather((None if failure is None else str(failure), inputs))
     if failure is not None:
         raise failure
-    _raise_if_any([message for message, _ in said])
+    raise_if_any([message for message, _ in said])
     found = [entry for _, entry in said]
-    _raise_if_any([_difference(entry, found) for entry in found])
+    raise_if_any([_difference(entry, found) for entry in found])
     if plan is None:
         raise WorkloadError("no plan was built")
     return plan
@@ -125,13 +125,15 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return values | {f"workload {name}": value for name, value in workload.items()}
 
 
-def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options: Options, visibility: Visibility) -> Workload:
+def common_workload(
+    transport: Transport, arrays: tuple[Any, Any, Any], options: Options, visibility: Visibility, view: View = host_view
+) -> Workload:
     """The global workload of every rank's shards; collective. Raises RankMismatch on every rank if they do not fit together."""
     mine, fault = None, None
     mask: Mask = Full()
     tokens: int | None = None
     try:
-        found, packed = as_operands(*arrays)
+        found, packed = as_operands(*arrays, view)
         mask, tokens = visibility.compose()
         if options.softmax_scale is not None:
             check_scale(options.softmax_scale, found[0].dtype.name)
@@ -140,10 +142,10 @@ def common_workload(transport: Transport, arrays: tuple[Any, Any, Any], options:
     except (ArrayError, WorkloadError) as error:
         fault = str(error)
     said = transport.allgather((mine, fault))
-    _raise_if_any([message for _, message in said])
+    raise_if_any([message for _, message in said])
     shards: list[Shards] = [entry for entry, _ in said]
     fixed = [shard.fixed() for shard in shards]
-    _raise_if_any([_difference(entry, fixed) for entry in fixed])
+    raise_if_any([_difference(entry, fixed) for entry in fixed])
     _check_shapes(shards)
     q_len, kv_len = (sum(shard.shapes[i][1] for shard in shards) for i in (0, 1))
     if tokens is not None and not tokens == q_len == kv_len:
@@ -198,7 +200,7 @@ def _check_shapes(shards: list[Shards]) -> None:
     if not fits or len(set(shard.dtypes)) > 1:
         shown = ", ".join(f"{name} {dtype}{shape}" for name, dtype, shape in zip("qkv", shard.dtypes, shard.shapes, strict=True))
         raise RankMismatch(f"q, k and v do not fit together on rank 0: {shown}")
-    _raise_if_any([_uneven(one) for one in shards])
+    raise_if_any([_uneven(one) for one in shards])
 
 
 def _uneven(shard: Shards) -> str | None:
@@ -220,7 +222,7 @@ def _check_rows(name: str, rows: list[int], split: Partition, partition: str) ->
 
 def with_axis(x: Any, axis: int) -> Array:
     """`x` as an array that has this axis. Raises ArrayError."""
-    array = as_any_array("x", x)
+    array = host_view("x", x)
     if not -array.ndim <= axis < array.ndim:
         raise ArrayError(f"x has {array.ndim} dimensions; there is no axis {axis}")
     return array
@@ -261,7 +263,7 @@ def common_parts(transport: Transport, x: Any, partition: str, axis: int, mask: 
     except (ArrayError, WorkloadError) as error:
         fault = str(error)
     said = transport.allgather((mine, fault))
-    _raise_if_any([message for _, message in said])
+    raise_if_any([message for _, message in said])
     parts = [part for (part, _), _ in said]
     settings = [
         asked
@@ -269,14 +271,14 @@ def common_parts(transport: Transport, x: Any, partition: str, axis: int, mask: 
         | {f"length of axis {index}": size for index, size in enumerate(part.shape) if index != axis % part.ndim}
         for (part, asked), _ in said
     ]
-    _raise_if_any([_difference(entry, settings) for entry in settings])
+    raise_if_any([_difference(entry, settings) for entry in settings])
     rows = [part.shape[axis] for part in parts]
     split = partition_of(partition, sum(rows), transport.world_size, mask)
     _check_rows("x", rows, split, partition)
     return parts, split
 
 
-def _raise_if_any(complaints: list[str | None]) -> None:
+def raise_if_any(complaints: list[str | None]) -> None:
     faults = [f"rank {rank}: {message}" for rank, message in enumerate(complaints) if message]
     if faults:
         raise RankMismatch("; ".join(faults))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, cast
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from . import agreement
-from .arrays import as_inputs, writable
+from .arrays import as_inputs, check_apart, on_device, share_memory, writable
 from .communicators import close, closing, transport_of
 from .dtypes import accumulator
+from .engine import Engine, engine_of
 from .errors import ArrayError, WorkloadError
-from .execution import Rank, clock
+from .execution import Backend, Rank, clock
 from .footprint import Footprint, weigh
 from .mask import Mask
 from .schedule import Schedule
@@ -32,8 +32,6 @@ NOTHING_SAVED: Final = (
     "there is nothing to go back from: call the plan first, with a place of its own for `out`, or give `saved`: q, k, v, out "
     "and lse"
 )
-MOST_WORK: Final = 10_000
-"""Candidates to try when arrays are looked at for a common byte."""
 
 
 class _Arrays(NamedTuple):
@@ -63,10 +61,11 @@ class RingAttention:
 
     `comm` is an mpi4py communicator (any sub-communicator; it is duplicated), a `ringsim.transport.Transport`, or None for
     this process alone. `partition` is a text such as ``zigzag`` (docs/partitions.md), `strategy` one such as
-    ``double-ring(8)`` (docs/strategies.md), `sync` ``free`` or ``step``. `threads` defaults to the cores of the host over its
-    ranks. With ``check=False`` a call no longer compares shapes, passes and calls between ranks. The program of the workload's
+    ``double-ring(8)`` (docs/strategies.md), `sync` ``free`` or ``step``. `backend` is ``numpy`` or ``cupy``, or one made before;
+    `transport` says how messages between devices travel (docs/gpu.md), which `engine` then explains. `threads`, of ``numpy``,
+    defaults to the cores of the host over its ranks. With ``check=False`` a call no longer compares shapes, passes and calls between ranks. The program of the workload's
     pass is made at once, that of another when it is first called; slots are shared. Every method that runs is collective.
-    Raises WorkloadError, RankMismatch, MissingDependency.
+    Raises WorkloadError, RankMismatch, MissingDependency, DeviceError, TransportError.
     """
 
     def __init__(
@@ -77,18 +76,22 @@ class RingAttention:
         partition: str = "contiguous",
         strategy: str = "ring",
         sync: str = "free",
+        backend: str | Backend = "numpy",
+        transport: str = "auto",
         threads: int | None = None,
         timeout_s: float = 300.0,
         check: bool = True,
     ) -> None:
-        self._transport = transport_of(comm, timeout_s)
+        control = transport_of(comm, timeout_s)
 
-        def build() -> tuple[Schedule, Any]:
-            world_size = self._transport.world_size
-            schedule = Schedule(workload=workload, world_size=world_size, partition=partition, strategy=strategy, sync=sync)
-            return schedule, _backend(self._transport, threads)
+        def build() -> Schedule:
+            world_size = control.world_size
+            return Schedule(workload=workload, world_size=world_size, partition=partition, strategy=strategy, sync=sync)
 
-        self.schedule, self._backend = agreement.same_plan(self._transport, build, check=check)
+        self.schedule = agreement.same_plan(control, build, check=check)
+        self.engine: Engine = engine_of(control, backend=backend, transport=transport, threads=threads)
+        """What runs the plan: its backend and transport, and why these."""
+        self._transport, self._backend = self.engine.transport, self.engine.backend
         self._rank = self._last = Rank(self.schedule, self._transport, self._backend, timeout_s=timeout_s)
         self._ranks = {workload.pass_: self._rank}
         self._check = check
@@ -127,23 +130,25 @@ class RingAttention:
         cut = {"blocking": backend.blocking(dtype), "backward_blocking": backend.backward_blocking(dtype)}
         return weigh(self.schedule, self._transport.rank, **cut, threads=backend.threads)
 
-    def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None) -> Array:
+    def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None, stream: Any = None) -> Array:
         """Attention of the local shards; returns this rank's rows of the output (or fills and returns `out`).
 
         The plan keeps references to the arrays of this call in `saved`, for `backward`, until the next call or until it is None.
         Shapes as in `shapes`, or, if the workload has one sequence, without the first axis, as is then what is returned; dtype
-        that of the workload; anything with ``__dlpack__`` or the buffer protocol. Raises RankMismatch on every rank if a
-        shard does not fit on one, PeerTimeout if a peer does not come.
+        that of the workload; anything with ``__dlpack__`` or the buffer protocol. On a device the call returns when all messages
+        have come and all kernels are queued: they follow what `stream` (CuPy's, torch's, its address; None: CuPy's current one)
+        was given before, and what it is given afterwards follows them. Raises RankMismatch on every rank if a shard does not fit
+        on one, PeerTimeout if a peer does not come.
         """
-        return self.with_lse(q, k, v, out=out)[0]
+        return self.with_lse(q, k, v, out=out, stream=stream)[0]
 
-    def with_lse(self, q: Any, k: Any, v: Any, *, out: Any = None) -> tuple[Array, Array]:
+    def with_lse(self, q: Any, k: Any, v: Any, *, out: Any = None, stream: Any = None) -> tuple[Array, Array]:
         """As a call, and the log-sum-exp of each row's scores, (batch, heads, local seq), in the dtype of the partials."""
-        (result,), lse = self._run("forward", {"q": q, "k": k, "v": v}, {"out": out})
+        (result,), lse = self._run("forward", {"q": q, "k": k, "v": v}, {"out": out}, stream)
         return result, lse
 
     def backward(
-        self, dout: Any, saved: Saved | None = None, *, dq: Any = None, dk: Any = None, dv: Any = None
+        self, dout: Any, saved: Saved | None = None, *, dq: Any = None, dk: Any = None, dv: Any = None, stream: Any = None
     ) -> tuple[Array, Array, Array]:
         """The gradients dq, dk and dv of this rank's rows (made, or those given filled), from that of out, shaped as it is.
 
@@ -156,18 +161,30 @@ class RingAttention:
         found = self.saved if saved is None else saved
         given = dict(zip(Saved._fields, found, strict=False)) if isinstance(found, tuple | list) else {}
         call = found.call if isinstance(found, Saved) else 0
-        made, _ = self._run("backward", given | {"dout": dout}, {"dq": dq, "dk": dk, "dv": dv}, call=call)
+        made, _ = self._run("backward", given | {"dout": dout}, {"dq": dq, "dk": dk, "dv": dv}, stream, call=call)
         return made[0], made[1], made[2]
 
     def both(
-        self, q: Any, k: Any, v: Any, dout: Any, *, out: Any = None, dq: Any = None, dk: Any = None, dv: Any = None
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        dout: Any,
+        *,
+        out: Any = None,
+        dq: Any = None,
+        dk: Any = None,
+        dv: Any = None,
+        stream: Any = None,
     ) -> tuple[Array, Array, Array, Array]:
         """Forward and backward as one program, as ``pass_="both"`` predicts it: out, dq, dk and dv of this rank's rows."""
         given, taken = {"q": q, "k": k, "v": v, "dout": dout}, {"out": out, "dq": dq, "dk": dk, "dv": dv}
-        made, _ = self._run("both", given, taken)
+        made, _ = self._run("both", given, taken, stream)
         return made[0], made[1], made[2], made[3]
 
-    def _run(self, pass_: str, given: dict[str, Any], taken: dict[str, Any], *, call: int = 0) -> tuple[list[Array], Array]:
+    def _run(
+        self, pass_: str, given: dict[str, Any], taken: dict[str, Any], stream: Any, *, call: int = 0
+    ) -> tuple[list[Array], Array]:
         """Run a pass on what the caller gives; what it makes, as the caller sees it, and lse."""
         if self._closed:
             raise WorkloadError("the plan is closed: make a new one")
@@ -177,14 +194,14 @@ class RingAttention:
             agreement.same_call(self._transport, complaint, f"{pass_}{f' of call {call}' if call else ''}")
         elif complaint is not None:
             raise ArrayError(f"rank {self._transport.rank}: {complaint}")
-        lse = rank.run(*inputs, *(array[None] if packed else array for array in outputs))
+        lse = rank.run(*inputs, *(array[None] if packed else array for array in outputs), stream=stream)
         self._last = rank
         self.calls += 1
         if packed:
             inputs, lse = [array[0] for array in inputs], lse[0]
         if pass_ != "backward":
             # an output over q leaves nothing to go back from
-            lost = _overlap(inputs[0], outputs[0])
+            lost = share_memory(inputs[0], outputs[0])
             self.saved = None if lost else Saved(inputs[0], inputs[1], inputs[2], outputs[0], lse).of_call(self.calls)
         return outputs, lse
 
@@ -203,13 +220,14 @@ class RingAttention:
         try:
             if set(given) < set(GIVEN[rank.schedule.workload.pass_]):
                 raise ArrayError(NOTHING_SAVED)
-            inputs, packed = as_inputs(given)
+            inputs, packed = as_inputs(given, self._backend.view)
             outputs = []
             for name, value in taken.items():
                 shape, dtype = rank.shapes()[name], rank.dtype(name)
                 shape = shape[1:] if packed else shape
-                outputs.append(np.empty(shape, dtype) if value is None else writable(name, value, shape, dtype))
-            _check_apart(dict(zip(given, inputs, strict=True)), dict(zip(taken, outputs, strict=True)))
+                make, view = self._backend.new, self._backend.view
+                outputs.append(make(shape, dtype) if value is None else writable(name, value, shape, dtype, view))
+            check_apart(dict(zip(given, inputs, strict=True)), dict(zip(taken, outputs, strict=True)))
         except ArrayError as error:
             return str(error), [], [], False
         return rank.complaint(*inputs), inputs, outputs, packed
@@ -223,9 +241,9 @@ class RingAttention:
         return gather(parts)
 
     def close(self) -> None:
-        """Free the duplicated communicator; collective. The plan runs no more."""
+        """Free the duplicated communicator, and what moves messages between devices; collective. The plan runs no more."""
         self._closed = True
-        close(self._transport)
+        self.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -321,34 +339,3 @@ def ring_attention_backward(  # noqa: PLR0917 - the operands of one formula, non
             timeout_s=timeout_s,
         )
         return plan.backward(dout, Saved(q, k, v, out, lse))
-
-
-def _check_apart(given: dict[str, Array], taken: dict[str, Array]) -> None:
-    """Raise ArrayError where an output lies where an input does that is still needed when it is written."""
-    for output, target in taken.items():
-        for name, source in given.items():
-            # a row of out is written when its query has been used for the last time, but for gradients
-            over = (output, name) == ("out", "q") and "dout" not in given
-            if not over and _overlap(source, target):
-                raise ArrayError(f"{output} shares memory with {name}, which may still be on its way when {output} is written")
-    for (one, target), (other, second) in combinations(taken.items(), 2):
-        if _overlap(target, second):
-            raise ArrayError(f"{other} shares memory with {one}: one would be written over the other")
-
-
-def _overlap(one: Array, other: Array) -> bool:
-    """Whether two arrays have a byte in common; also where that is too hard to tell. Slices of one packed array have none."""
-    try:
-        found: bool = cast("Any", np.shares_memory)(one, other, max_work=MOST_WORK)
-    except np.exceptions.TooHardError:
-        return True
-    return found
-
-
-def _backend(transport: Transport, threads: int | None) -> Any:
-    from ringsim.backends.cpu import available_cores
-    from ringsim.backends.numpy import NumpyBackend
-
-    if threads is None:
-        threads = max(1, available_cores() // transport.hosts.count(transport.hosts[transport.rank]))
-    return NumpyBackend(threads=threads)

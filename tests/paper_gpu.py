@@ -7,7 +7,7 @@ from collections import deque
 
 import numpy as np
 
-from ringsim.errors import DeviceError
+from ringsim.errors import ArrayError, DeviceError
 
 POISON = 0xFF
 """Of memory that nothing was written to: NaN in every floating dtype."""
@@ -82,6 +82,14 @@ class PaperGpu:
         start = -base.ctypes.data % 256
         self.allocated.append(nbytes)
         return base[start : start + nbytes].view(DeviceArray)
+
+    def pooled(self, nbytes):
+        return self.empty(nbytes)
+
+    def view(self, name, value):
+        if not isinstance(value, DeviceArray):
+            raise ArrayError(f"{name} is {type(value).__name__}, not memory of the paper GPU")
+        return value
 
     def pinned(self, nbytes):
         self.log.append(("pinned", nbytes))

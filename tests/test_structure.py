@@ -17,7 +17,7 @@ FLOORS = [
     {"cli", "__main__"},
     {"ledger", "inventory", "doctor"},
     {"report", "bindings"},
-    {"trace", "comparison", "checking", "attention", "sharding", "drawing", "breakeven", "hops"},
+    {"trace", "comparison", "checking", "attention", "engine", "sharding", "drawing", "breakeven", "hops"},
     {"agreement", "communicators", "calibration", "kernel_times", "device_times", "simulation", "execution", "importing"},
     {"capacity", "shares"},
     {"backends", "costs", "footprint", "scratch"},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from ..errors import DeviceError, PeerTimeout
@@ -26,6 +27,12 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """``numpy`` or ``cupy``."""
+
+    def view(self, name: str, value: Any) -> npt.NDArray[Any]:
+        """An argument of the caller's as an array that shares its memory. Raises ArrayError where that is not the backend's."""
+
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An array for the caller to keep."""
 
     def empty(self, nbytes: int) -> npt.NDArray[Any]:
         """A flat uint8 array in the memory that kernels work on."""

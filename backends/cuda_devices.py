@@ -1,0 +1,34 @@
+"""Which GPU a rank computes on, and with which fused kernels."""
+
+from __future__ import annotations
+
+from ringsim.backends.cuda import Calls
+from ringsim.backends.cuda_tiles import Tiles
+from ringsim.backends.cupy_calls import load
+from ringsim.errors import MissingDependency
+from ringsim.transport import Transport
+
+
+def device_of(control: Transport) -> int:
+    """This rank's device among those that it sees: by its number on its host, round and round where there are more ranks.
+
+    A launcher that shows each rank a GPU of its own (Slurm's --gpus-per-task) leaves nothing to choose: then it is number 0.
+    Raises MissingDependency, DeviceError.
+    """
+    count = int(load().cuda.runtime.getDeviceCount())
+    local_rank = control.hosts[: control.rank].count(control.hosts[control.rank])
+    return local_rank % count
+
+
+def tiles_on(calls: Calls) -> tuple[Tiles, ...]:
+    """cuDNN's fused kernels where they are installed, and our own for what they refuse."""
+    from ringsim.backends.cuda_attend import OwnTiles
+
+    own: Tiles = OwnTiles(calls)
+    try:
+        from ringsim.backends.cudnn import CudnnTiles
+
+        return CudnnTiles(calls), own
+    except MissingDependency:
+        # what is used then stands in the facts of every measurement, and in what `ringsim doctor` says
+        return (own,)

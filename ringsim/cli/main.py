@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 
 from .. import __version__
+from .doctor import doctor
 from .machines import topologies
 from .measure import calibrate, compare, run
 from .predict import breakeven, memory, schedule, simulate, strategies
@@ -27,6 +28,7 @@ ringsim topologies show dgx-h100                          on what machine?
 mpiexec -n 4 ringsim run --seq 8K --causal --check        what does it cost?
 mpiexec -n 4 ringsim calibrate -o here.yaml               what is this machine?
 mpiexec -n 4 ringsim compare --topology here.yaml ...     was the prediction right?
+mpiexec -n 4 ringsim doctor                               is anything wrong with it?
 ringsim schedule --ranks 4 --seq 6 --causal               who computes and sends what?
 ringsim strategies                                        in which other ways?
 """
@@ -38,8 +40,8 @@ def cli() -> None:
     """Everything is in HELP: a docstring cannot hold the character that keeps its lines apart."""
 
 
-COMMUNICATING = ("run", "calibrate", "compare")
-for command in (simulate, memory, breakeven, run, calibrate, compare, schedule, strategies, topologies):
+COMMUNICATING = ("run", "calibrate", "compare", "doctor")
+for command in (simulate, memory, breakeven, run, calibrate, compare, doctor, schedule, strategies, topologies):
     cli.add_command(command)
 
 

@@ -1,0 +1,28 @@
+"""What a program of this package answered, as JSON on its last line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .system import Ran
+
+
+def read(ran: Ran) -> dict[str, Any]:
+    """The facts; ``error`` and ``text`` where the program failed, died, hung, or wrote something else."""
+    lines = ran.stdout.strip().splitlines()
+    if not ran.good:
+        return {"error": "no answer", "text": ran.said}
+    try:
+        facts = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        facts = None
+    if not isinstance(facts, dict):
+        return {"error": "no answer", "text": f"its last line is no JSON object: {ran.stdout[-80:]!r}"}
+    return facts
+
+
+def text(facts: dict[str, Any], name: str) -> str:
+    """A fact as text; empty where it is missing."""
+    value = facts.get(name)
+    return "" if value is None else str(value)

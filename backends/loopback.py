@@ -9,7 +9,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,9 +18,24 @@ from ringsim.transport import Bytes, Handle
 
 
 @dataclass(slots=True)
-class _Half:
+class Half:
+    """One side of a message."""
+
     data: Bytes
     handle: Handle
+
+
+class Link(Protocol):
+    """What moves the messages of a World, between any of its ranks, once both halves are there."""
+
+    def move(self, source: int, target: int, send: Half, recv: Half) -> None:
+        """Begin to move a message; both handles are done when it has moved. Messages of equal tags arrive in their order."""
+
+    def poll(self) -> None:
+        """Let messages advance, and mark those that have moved; any rank's thread may call it."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
 
 
 class PacedLink:
@@ -33,9 +48,9 @@ class PacedLink:
         self.bandwidth_bytes_per_s = bandwidth_bytes_per_s
         self.latency_s = latency_s
         self._chunk = chunk_nbytes
-        self._wires: dict[tuple[int, int], queue.SimpleQueue[tuple[_Half, _Half] | None]] = {}
+        self._wires: dict[tuple[int, int], queue.SimpleQueue[tuple[Half, Half] | None]] = {}
 
-    def move(self, source: int, target: int, send: _Half, recv: _Half) -> None:
+    def move(self, source: int, target: int, send: Half, recv: Half) -> None:
         """Queue a matched message on the wire from `source` to `target`; one wire moves one message at a time."""
         wire = self._wires.get((source, target))
         if wire is None:
@@ -43,7 +58,7 @@ class PacedLink:
             threading.Thread(target=self._run, args=(wire,), daemon=True, name=f"wire {source}->{target}").start()
         wire.put((send, recv))
 
-    def _run(self, wire: queue.SimpleQueue[tuple[_Half, _Half] | None]) -> None:
+    def _run(self, wire: queue.SimpleQueue[tuple[Half, Half] | None]) -> None:
         while (pair := wire.get()) is not None:
             send, recv = pair
             arrival = time.perf_counter() + self.latency_s
@@ -53,6 +68,9 @@ class PacedLink:
                 arrival += recv.data[part].size / self.bandwidth_bytes_per_s
                 time.sleep(max(0.0, arrival - time.perf_counter()))
             send.handle.done_s = recv.handle.done_s = time.perf_counter()
+
+    def poll(self) -> None:
+        """Nothing to drive: wires have threads of their own."""
 
     def close(self) -> None:
         """Stop the wires."""
@@ -67,14 +85,14 @@ class World:
     Without a link a message is copied when its second half is posted. Raises TransportError if halves differ in size.
     """
 
-    def __init__(self, world_size: int, *, link: PacedLink | None = None, timeout_s: float = 60.0) -> None:
+    def __init__(self, world_size: int, *, link: Link | None = None, timeout_s: float = 60.0) -> None:
         self.world_size = world_size
         self.timeout_s = timeout_s
         self.failure: tuple[int, BaseException] | None = None
         self._link = link
         self._lock = threading.Condition()
-        self._sends: dict[tuple[int, int, int], deque[_Half]] = defaultdict(deque)
-        self._recvs: dict[tuple[int, int, int], deque[_Half]] = defaultdict(deque)
+        self._sends: dict[tuple[int, int, int], deque[Half]] = defaultdict(deque)
+        self._recvs: dict[tuple[int, int, int], deque[Half]] = defaultdict(deque)
         self._rounds: dict[int, tuple[dict[int, Any], set[int]]] = defaultdict(lambda: ({}, set()))
 
     def endpoint(self, rank: int) -> Endpoint:
@@ -83,7 +101,7 @@ class World:
 
     def post(self, key: tuple[int, int, int], data: Bytes, *, sending: bool) -> Handle:
         """Post one half of the message (source, target, tag)."""
-        half = _Half(data, Handle(posted_s=time.perf_counter()))
+        half = Half(data, Handle(posted_s=time.perf_counter()))
         with self._lock:
             mine, other = (self._sends, self._recvs) if sending else (self._recvs, self._sends)
             if not other[key]:
@@ -123,6 +141,12 @@ class World:
                 del self._rounds[round_]
             return [values[r] for r in range(self.world_size)]
 
+    def poll(self, rank: int) -> None:
+        """Let the link advance. Raises PeerFailed if another rank has failed."""
+        self.raise_failure(rank)
+        if self._link is not None:
+            self._link.poll()
+
     def raise_failure(self, rank: int) -> None:
         """Raise PeerFailed if another rank has failed."""
         if self.failure is not None and self.failure[0] != rank:
@@ -152,8 +176,8 @@ class Endpoint:
         return self._world.post((peer, self.rank, tag), data, sending=False)
 
     def poll(self) -> None:
-        """Nothing to drive; passes on another rank's failure."""
-        self._world.raise_failure(self.rank)
+        """Let the link advance; passes on another rank's failure."""
+        self._world.poll(self.rank)
 
     def idle(self, attempt: int) -> None:
         """Sleep a little: the link's thread needs a core now and then."""
@@ -173,7 +197,7 @@ class Endpoint:
 
 
 def spawn(
-    world_size: int, function: Callable[[Endpoint], Any], *, link: PacedLink | None = None, timeout_s: float = 60.0
+    world_size: int, function: Callable[[Endpoint], Any], *, link: Link | None = None, timeout_s: float = 60.0
 ) -> list[Any]:
     """Run ``function(endpoint)`` on a thread per rank and return the results by rank; raises the first rank's error."""
     world = World(world_size, link=link, timeout_s=timeout_s)

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from ringsim.backends.cuda import Calls, DeviceArray, Event, Stream
 from ringsim.backends.cuda_state import StateKernels
+from ringsim.backends.cuda_strides import address_of
 from ringsim.backends.cuda_tiles import Backward, Band, Forward
 from ringsim.backends.cudnn_limits import ALIGNMENT, ORDERED_DQ, Given, bounds_of, misfits, refusals
 from ringsim.backends.cudnn_plans import BACKWARD, Plan, Problem, build, execute, layout_of, load, versions
-from ringsim.backends.cupy_calls import address
 from ringsim.dtypes import ITEMSIZE, numpy_dtype
 from ringsim.errors import DeviceError
 
@@ -118,12 +118,12 @@ class CudnnTiles:
         if problem not in self._plans:
             self._plans[problem] = self._planned(problem, inputs, band)
         plan = self._plans[problem]
-        addresses = [address(one) for one in operands]
+        addresses = [address_of(one) for one in operands]
         for name, at in zip(problem.names, addresses, strict=True):
             if at % ALIGNMENT and name != "lse":
                 raise DeviceError(f"cuDNN wants {name} at a multiple of {ALIGNMENT} bytes, not at {at:#x}")
         self._follow(stream)
-        workspace = address(self._workspace.of(plan.workspace_nbytes, stream)) if plan.workspace_nbytes else 0
+        workspace = address_of(self._workspace.of(plan.workspace_nbytes, stream)) if plan.workspace_nbytes else 0
         execute(self._cudnn, plan, addresses, workspace, self._handle)
 
     def _planned(self, problem: Problem, inputs: Sequence[DeviceArray], band: Band | None) -> Plan:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from ringsim.backends.cuda import DeviceArray
+from ringsim.backends.cuda_strides import address_of
 from ringsim.backends.cuda_tiles import Band
-from ringsim.backends.cupy_calls import address
 
 DTYPES: Final = ("float16", "bfloat16")
 OLDEST: Final = 91300
@@ -123,7 +123,7 @@ def misfits(given: Given, arrays: Sequence[DeviceArray], band: Band | None, *, m
 
 def misaligned(name: str, array: DeviceArray) -> str | None:
     """What of an array's address or strides is no multiple of 16 bytes, or None."""
-    if address(array) % ALIGNMENT:
+    if address_of(array) % ALIGNMENT:
         return f"{name} lies at an address that is no multiple of {ALIGNMENT}, which cuDNN's vector loads want"
     if any(stride % ALIGNMENT for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True) if count > 1):
         return f"{name} has strides of {array.strides} bytes, not all multiples of {ALIGNMENT}, which cuDNN wants"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from ..transport import Transport
-from . import answers, cuda, gpu, host, links, mpi, nics, place, python, together, trial, variables
+from . import answers, aware, cuda, gpu, host, links, mpi, nics, place, python, together, trial, variables
 from .choice import choose
 from .finding import Finding, Probe, attempt
 from .merge import Examined, merge
@@ -58,6 +58,7 @@ def _own(transport: Transport, mine: Place, trouble: str) -> tuple[Probe, ...]:
     if mine.local_rank != 0:
         own.append(Probe("gpu", "GPUs", lambda system: [one for one in gpu.look(system) if one.each == "rank"]))
     else:
+        own.append(Probe("mpi", "CUDA-aware", lambda system: aware.look(system, transport)))
         own.append(Probe("ranks", "launched", lambda system: together.launched(system, transport, trouble=trouble)))
     return tuple(own)
 

@@ -15,12 +15,6 @@ def _on(value: str) -> bool:
     return value.strip().lower() not in OFF
 
 
-def _without_cuda(value: str) -> bool:
-    """Whether a UCX_TLS names transports and none of CUDA's; `all` and exclusions (^) keep those."""
-    names = {part.strip() for part in value.split(",")}
-    return bool(value) and not value.startswith("^") and not names & {"all", "cuda", "cuda_copy", "gpu", "cuda_ipc"}
-
-
 class Trap(NamedTuple):
     """Variables with one effect: when they have it, what it is, and what to do."""
 
@@ -61,14 +55,6 @@ TRAPS: Final = (
         gpu=True,
     ),
     Trap(
-        ("UCX_TLS",),
-        _without_cuda,
-        "note",
-        "UCX leaves out its CUDA transports: device buffers fail or crash in MPI",
-        "add cuda_copy,cuda_ipc, or let UCX choose",
-        gpu=True,
-    ),
-    Trap(
         ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE"),
         _on,
         "note",
@@ -80,7 +66,7 @@ TRAPS: Final = (
 
 
 def look(system: System) -> list[Finding]:
-    """One finding for each trap that is set; one good one for none."""
+    """One finding for each trap that is set; one good one for none. What keeps MPI from device memory, `aware` says."""
     gpus = bool(system.which("nvidia-smi"))
     found = [_finding(system, trap) for trap in TRAPS if (gpus or not trap.gpu) and _set(system, trap)]
     offload = system.environment.get("I_MPI_OFFLOAD", "")

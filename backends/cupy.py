@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from ringsim.backends.cuda import Calls, DeviceArray, Stream
 from ringsim.backends.cuda_order import Mark, Order
-from ringsim.backends.cuda_pending import Ledger, places_of
+from ringsim.backends.cuda_pending import Partials
 from ringsim.backends.cuda_state import Partial, StateKernels
 from ringsim.backends.cuda_tiles import Backward, Band, Forward, Part, Tiles, parts_of
 from ringsim.dtypes import ITEMSIZE, numpy_dtype
 from ringsim.errors import ArrayError, DeviceError
+from ringsim.footprint import Footprint, weigh
+from ringsim.partials import OWN_STATE, Piece, head_ranges, places_of
+from ringsim.schedule import Schedule
 from ringsim.schedule.ops import Compute, Recv, Region, Send
 from ringsim.tile import Tile
 
 Fetch = Callable[[Region], DeviceArray]
-OWN_STATE: Final = ("reset", "attend", "finish")
-"""Kernels that know of partial outputs not yet folded in."""
 TRANSPOSED: Final = (1, 0, 2, 3)
 
 
@@ -39,7 +41,7 @@ class CupyBackend:
         self.tiles = tuple(tiles)
         self.stream: Stream = calls.stream()
         self._kernels = StateKernels(calls)
-        self._ledger = Ledger(calls, self._kernels)
+        self._partials = Partials(calls, self._kernels, self.stream)
         self._order = Order(calls, self.stream)
         self._chosen: dict[Any, Tiles] = {}
         self._launches = 0
@@ -47,7 +49,7 @@ class CupyBackend:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held as scratch now: partial outputs, and what the fused kernels hold."""
-        return self._ledger.scratch.nbytes + sum(one.nbytes for one in self.tiles)
+        return self._partials.ledger.pool.nbytes + sum(one.nbytes for one in self.tiles)
 
     def view(self, name: str, value: Any) -> DeviceArray:
         """An argument as an array of this device that shares its memory. Raises ArrayError where it lies elsewhere."""
@@ -56,6 +58,29 @@ class CupyBackend:
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         """An array for the caller to keep, from the pool that the caller's own arrays come from."""
         return self.calls.pooled(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+    def put(self, array: npt.NDArray[Any]) -> DeviceArray:
+        """A host array's values in device memory; waits for the copy."""
+        made = self.calls.pooled(array.nbytes)
+        source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.calls.copy(made, source, self.stream)
+        self.calls.synchronize(self.calls.record(self.stream))
+        return made.view(array.dtype).reshape(array.shape)
+
+    def get(self, array: DeviceArray) -> npt.NDArray[Any]:
+        """A device array's values in host memory, once the runs so far are done."""
+        dense = array if array.flags.c_contiguous else self.copy(array)
+        made = np.empty(array.nbytes, np.uint8)
+        self.calls.copy(made, dense.reshape(-1).view(np.uint8), self.stream)
+        self.calls.synchronize(self.calls.record(self.stream))
+        return made.view(array.dtype).reshape(array.shape)
+
+    def footprint(self, schedule: Schedule, rank: int) -> Footprint:
+        """What a rank holds while it runs the schedule, by the memory model: what tiles make is scratch."""
+        return weigh(schedule, rank, partial=self._partial(schedule.workload.dtype))
+
+    def _partial(self, dtype: str) -> str:
+        return max((one.partial(dtype) for one in self.tiles), key=lambda name: ITEMSIZE[name])
 
     def empty(self, nbytes: int) -> DeviceArray:
         """Device memory, as a flat uint8 array."""
@@ -79,7 +104,7 @@ class CupyBackend:
     def begin(self, stream: Stream) -> None:
         """Kernels of this run come after what `stream` (None: the caller's current one) has been given, and so do its posts."""
         self.calls.activate()
-        self._ledger.begin()
+        self._partials.ledger.begin()
         self.calls.wait(self.stream, self.calls.record(self.calls.caller(stream)))
         self._order.begin()
 
@@ -89,19 +114,19 @@ class CupyBackend:
 
     def gate(self, post: Send | Recv) -> Mark | None:
         """What the device must have done before the post; what leaves is brought up to date first."""
-        for pending in self._ledger.meeting((post.region,)):
+        for pending in self._partials.ledger.interrupted((post.region,)):
             if isinstance(post, Send):
                 first = self._order.event()
-                self._ledger.fold(pending, self.stream)
+                self._partials.fold(pending)
                 self._order.mark(first, (), pending.places, idle=False)
         return self._order.gate(post)
 
     def compute(self, op: Compute, fetch: Fetch, *, scale: float, poll: Callable[[], None]) -> Mark:
         """Launch one op."""
         first, self._launches = self._order.event(), 0
-        writes = op.writes
-        for pending in self._ledger.meeting((*op.reads, *writes), places_of(op) if op.kernel in OWN_STATE else ()):
-            self._ledger.fold(pending, self.stream)
+        own, writes = places_of(op) if op.kernel in OWN_STATE else None, op.writes
+        for pending in self._partials.ledger.interrupted((*op.reads, *writes), own):
+            self._partials.fold(pending)
             writes += pending.places
             self._launches += 1
         run: Callable[[Compute, Fetch, float], None] = getattr(self, f"_{op.kernel}", self._unknown)
@@ -116,21 +141,18 @@ class CupyBackend:
     def _reset(self, op: Compute, fetch: Fetch, scale: float) -> None:
         places = places_of(op)
         state = (fetch(places[0]), fetch(places[1]), fetch(places[2]))
-        # what the state lacked is of no use any more
-        for _ in self._ledger.meeting(places):
-            pass
-        self._ledger.reset(places, state)
+        self._partials.ledger.reset(places, state)
 
     def _attend(self, op: Compute, fetch: Fetch, scale: float) -> None:
         q, k, v = (fetch(region) for region in op.reads[:3])
         places = places_of(op)
-        pending = self._ledger.of(places, (fetch(places[0]), fetch(places[1]), fetch(places[2])))
+        pending = self._partials.ledger.of(places, (fetch(places[0]), fetch(places[1]), fetch(places[2])))
         for tile, part in parts_of(op.tiles):
             fused = self._fused(q, v, part, backward=False)
             for heads, kv_heads in head_ranges(tile, q.shape[2] // k.shape[2]):
                 (b, e), (begin, end) = tile.batch, part.q_rows
                 shape = (e - b, end - begin, heads[1] - heads[0], v.shape[3])
-                out, lse = self._ledger.room(pending, shape, fused.partial(q.dtype.name), self.stream)
+                out, lse = self._partials.room(pending, shape, fused.partial(q.dtype.name))
                 operands = Forward(
                     _rows(q, tile, part.q_rows, heads),
                     _rows(k, tile, part.k_rows, kv_heads),
@@ -144,8 +166,8 @@ class CupyBackend:
 
     def _finish(self, op: Compute, fetch: Fetch, scale: float) -> None:
         places = places_of(op)
-        pending = self._ledger.of(places, (fetch(places[0]), fetch(places[1]), fetch(places[2])))
-        self._ledger.finish(pending, fetch(op.writes[0]), fetch(op.writes[1]), self.stream)
+        pending = self._partials.ledger.of(places, (fetch(places[0]), fetch(places[1]), fetch(places[2])))
+        self._partials.finish(pending, fetch(op.writes[0]), fetch(op.writes[1]))
         self._launches += 1
 
     def _merge(self, op: Compute, fetch: Fetch, scale: float) -> None:
@@ -197,15 +219,15 @@ class CupyBackend:
                 for total, where, added in zip(sums, of, made, strict=True):
                     self._kernels.accumulate(_rows(total, tile, *where), added, self.stream)
                 self._launches += 1
-                for piece in pieces:
-                    self._ledger.scratch.give_back(piece)
+                self._partials.ledger.pool.give_back(pieces)
 
-    def _gradients(self, shaped_as: Sequence[DeviceArray], dtype: str) -> tuple[list[DeviceArray], list[DeviceArray]]:
+    def _gradients(self, shaped_as: Sequence[DeviceArray], dtype: str) -> tuple[list[DeviceArray], list[Piece[DeviceArray]]]:
         """Scratch for dq, dk and dv of a tile, and its pieces."""
-        pieces = [self._ledger.scratch.take(one.size * ITEMSIZE[dtype]) for one in shaped_as]
+        sizes = [int(one.size) * ITEMSIZE[dtype] for one in shaped_as]
+        pieces = [self._partials.ledger.pool.take(size) for size in sizes]
         made = [
-            piece[: one.size * ITEMSIZE[dtype]].view(numpy_dtype(dtype)).reshape(one.shape)
-            for piece, one in zip(pieces, shaped_as, strict=True)
+            piece.memory[:size].view(numpy_dtype(dtype)).reshape(one.shape)
+            for piece, size, one in zip(pieces, sizes, shaped_as, strict=True)
         ]
         return made, pieces
 
@@ -224,18 +246,6 @@ class CupyBackend:
                 return fused
             refused.append(f"{fused.name}: {reason}")
         raise DeviceError(f"no fused kernel for {dtype} head_dim {widths[0]}, v_head_dim {widths[1]}: {'; '.join(refused)}")
-
-
-def head_ranges(tile: Tile, group: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """A tile's query heads with their key/value heads, so cut that each range has all query heads of its key/value heads, or
-    some of one alone.
-    """
-    begin, end = tile.heads
-    while begin < end:
-        whole = (end - begin) // group * group if begin % group == 0 else 0
-        stop = begin + whole if whole else min(end, (begin // group + 1) * group)
-        yield (begin, stop), (begin // group, -(-stop // group))
-        begin = stop
 
 
 def _rows(array: DeviceArray, tile: Tile, rows: tuple[int, int], heads: tuple[int, int]) -> DeviceArray:

@@ -15,8 +15,11 @@ from ringsim.backends.numpy_backward import BackwardTile, Operands
 from ringsim.backends.numpy_bounds import largest_norms, value_squares
 from ringsim.backends.numpy_micro import Array, Edges, Piece, edges_of, pieces_of, widen
 from ringsim.backends.numpy_share import Poll, share
+from ringsim.dtypes import accumulator
 from ringsim.errors import ArrayError
+from ringsim.footprint import Footprint, weigh
 from ringsim.lowering import Blocking
+from ringsim.schedule import Schedule
 from ringsim.schedule.ops import Compute, Recv, Region, Send
 from ringsim.tile import Tile
 
@@ -100,6 +103,20 @@ class NumpyBackend:
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array for the caller to keep."""
         return np.empty(shape, dtype)
+
+    def put(self, array: Array) -> Array:
+        """The array: it lies where kernels take it."""
+        return array
+
+    def get(self, array: Array) -> Array:
+        """The array."""
+        return array
+
+    def footprint(self, schedule: Schedule, rank: int) -> Footprint:
+        """What a rank holds while it runs the schedule, by the memory model."""
+        dtype = accumulator(schedule.workload.dtype)
+        cut = {"blocking": self.blocking(dtype), "backward_blocking": self.backward_blocking(dtype)}
+        return weigh(schedule, rank, **cut, threads=self.threads)
 
     def empty(self, nbytes: int) -> Array:
         """Host memory, as a flat uint8 array, whose every page has been touched: the first run does not pay for it."""

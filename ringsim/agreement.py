@@ -279,6 +279,7 @@ def common_parts(transport: Transport, x: Any, partition: str, axis: int, mask: 
 
 
 def raise_if_any(complaints: list[str | None]) -> None:
+    """Raise RankMismatch if there is a complaint; `complaints` are those of all ranks, by rank."""
     faults = [f"rank {rank}: {message}" for rank, message in enumerate(complaints) if message]
     if faults:
         raise RankMismatch("; ".join(faults))

@@ -74,7 +74,7 @@ def host_view(name: str, value: Any) -> Array:
         device_kind = getattr(value, "__dlpack_device__", lambda: (1, 0))()[0]
         if device_kind != 1:
             raise ArrayError(
-                f"{name} lies on a device (DLPack kind {int(device_kind)}); backend 'numpy' needs host memory: backend='cupy' takes it"
+                f"{name} lies on a device (DLPack kind {int(device_kind)}); backend 'numpy' needs host memory, 'cupy' takes such"
             )
         try:
             return np.from_dlpack(value)

@@ -6,23 +6,20 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-import numpy as np
 import numpy.typing as npt
 
 from . import agreement
-from .arrays import as_inputs, check_apart, on_device, share_memory, writable
-from .communicators import close, closing, transport_of
-from .dtypes import accumulator
+from .arrays import as_inputs, check_apart, share_memory, writable
+from .communicators import closing, transport_of
 from .engine import Engine, engine_of
 from .errors import ArrayError, WorkloadError
 from .execution import Backend, Rank, clock
-from .footprint import Footprint, weigh
+from .footprint import Footprint
 from .mask import Mask
 from .schedule import Schedule
 from .schedule.job import GIVEN
 from .tile import IntArray
 from .timeline import Timeline, gather
-from .transport import Transport
 from .workload import Workload
 
 Array = npt.NDArray[Any]
@@ -62,9 +59,10 @@ class RingAttention:
     `comm` is an mpi4py communicator (any sub-communicator; it is duplicated), a `ringsim.transport.Transport`, or None for
     this process alone. `partition` is a text such as ``zigzag`` (docs/partitions.md), `strategy` one such as
     ``double-ring(8)`` (docs/strategies.md), `sync` ``free`` or ``step``. `backend` is ``numpy`` or ``cupy``, or one made before;
-    `transport` says how messages between devices travel (docs/gpu.md), which `engine` then explains. `threads`, of ``numpy``,
-    defaults to the cores of the host over its ranks. With ``check=False`` a call no longer compares shapes, passes and calls between ranks. The program of the workload's
-    pass is made at once, that of another when it is first called; slots are shared. Every method that runs is collective.
+    `transport` says how messages between devices travel (docs/gpu.md); or both come with an `engine` that other plans use too, in
+    place of `comm`. `threads`, of ``numpy``, defaults to the cores of the host over its ranks. With ``check=False`` a call no
+    longer compares shapes, passes and calls between ranks. The program of the workload's pass is made at once, that of another
+    when it is first called; slots are shared. Every method that runs is collective.
     Raises WorkloadError, RankMismatch, MissingDependency, DeviceError, TransportError.
     """
 
@@ -78,24 +76,25 @@ class RingAttention:
         sync: str = "free",
         backend: str | Backend = "numpy",
         transport: str = "auto",
+        engine: Engine | None = None,
         threads: int | None = None,
         timeout_s: float = 300.0,
         check: bool = True,
     ) -> None:
-        control = transport_of(comm, timeout_s)
+        control = transport_of(comm, timeout_s) if engine is None else engine.control
 
         def build() -> Schedule:
             world_size = control.world_size
             return Schedule(workload=workload, world_size=world_size, partition=partition, strategy=strategy, sync=sync)
 
         self.schedule = agreement.same_plan(control, build, check=check)
-        self.engine: Engine = engine_of(control, backend=backend, transport=transport, threads=threads)
+        self.engine: Engine = engine or engine_of(control, backend=backend, transport=transport, threads=threads)
         """What runs the plan: its backend and transport, and why these."""
         self._transport, self._backend = self.engine.transport, self.engine.backend
         self._rank = self._last = Rank(self.schedule, self._transport, self._backend, timeout_s=timeout_s)
         self._ranks = {workload.pass_: self._rank}
         self._check = check
-        self._clock = clock.offsets(self._transport)
+        self._clock = clock.offsets(control)
         self.calls = 0
         """Runs so far."""
         self.saved: Saved | None = None
@@ -120,15 +119,12 @@ class RingAttention:
     @property
     def scratch_nbytes(self) -> int:
         """Bytes of the backend's scratch, which the first call makes."""
-        scratch: int = self._backend.nbytes
-        return scratch
+        return self._backend.nbytes
 
     @property
     def footprint(self) -> Footprint:
         """What this rank holds while it runs the workload's pass, the caller's arrays included, by class: the model's answer."""
-        dtype, backend = accumulator(self.schedule.workload.dtype), self._backend
-        cut = {"blocking": backend.blocking(dtype), "backward_blocking": backend.backward_blocking(dtype)}
-        return weigh(self.schedule, self._transport.rank, **cut, threads=backend.threads)
+        return self._backend.footprint(self.schedule, self._transport.rank)
 
     def __call__(self, q: Any, k: Any, v: Any, *, out: Any = None, stream: Any = None) -> Array:
         """Attention of the local shards; returns this rank's rows of the output (or fills and returns `out`).
@@ -191,7 +187,7 @@ class RingAttention:
         rank = self._rank_for(pass_)
         complaint, inputs, outputs, packed = self._prepare(rank, given, taken)
         if self._check:
-            agreement.same_call(self._transport, complaint, f"{pass_}{f' of call {call}' if call else ''}")
+            agreement.same_call(self.engine.control, complaint, f"{pass_}{f' of call {call}' if call else ''}")
         elif complaint is not None:
             raise ArrayError(f"rank {self._transport.rank}: {complaint}")
         lse = rank.run(*inputs, *(array[None] if packed else array for array in outputs), stream=stream)
@@ -236,8 +232,8 @@ class RingAttention:
         """The last call's timeline over all ranks, on every rank; collective. Raises WorkloadError before the first call."""
         if self._last.timeline is None:
             raise WorkloadError("there is no timeline before the first call of the plan")
-        offsets = clock.offsets(self._transport)
-        parts = self._transport.allgather(clock.shift(self._last.timeline, offsets.mine(self._clock)))
+        offsets = clock.offsets(self.engine.control)
+        parts = self.engine.control.allgather(clock.shift(self._last.timeline, offsets.mine(self._clock)))
         return gather(parts)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from .dtypes import ITEMSIZE, accumulator
 from .errors import WorkloadError
 from .lowering import Blocking
+from .partials import partials_nbytes
 from .schedule import Compute, Op, Recv, Schedule
 from .schedule.schedule import regions
 from .scratch import scratch_nbytes
@@ -161,13 +162,15 @@ def weigh(
     blocking: Blocking | None = None,
     backward_blocking: Blocking | None = None,
     threads: int = 1,
+    partial: str | None = None,
     feed_forward: FeedForward | None = None,
     layers: Layers | None = None,
 ) -> Footprint:
     """What `rank` holds while it runs its program: every region that it touches, and scratch.
 
     `blocking` is the lowering of its backend, each of whose `threads` has scratch, `backward_blocking` that of its backward
-    pass; without one, or an `exact` one (a fused kernel), micro-tiles stay on chip. Several threads and half precision make it
+    pass; without one, or an `exact` one (a fused kernel), micro-tiles stay on chip. What tiles make waits in dtype `partial`, if
+    that is given, to be folded in together, as backend cupy has it. Several threads and half precision make it
     an upper bound: which heads they are at when one goes on is chance. The feed-forward, if given, computes the rank's own rows.
     """
     program = tuple(schedule.program(rank, whole=True))
@@ -176,6 +179,8 @@ def weigh(
     classes["scratch"] = scratch_nbytes(
         program, schedule.workload, {name: one for name, one in cut.items() if one is not None and not one.exact}, threads
     )
+    if partial is not None:
+        classes["scratch"] += partials_nbytes(program, schedule.workload, partial)
     rows = schedule.job.q_partition.count(rank), schedule.job.kv_partition.count(rank)
     if feed_forward is not None:
         classes["activations"] = feed_forward.nbytes(schedule.workload, rows[0])

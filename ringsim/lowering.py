@@ -17,12 +17,6 @@ ROWS_AT_ONCE: Final = 256
 """Of whatever a backend passes over some rows at a time: half precision that `delta` widens, norms, copies between polls."""
 
 
-MOST_PENDING: Final = 4
-"""Partial outputs of tiles, in whole outputs, that a GPU backend keeps before it folds them into the state in one pass."""
-ALIGNMENT: Final = 256
-"""Bytes to which a GPU backend aligns what it puts into scratch."""
-
-
 class Panel(NamedTuple):
     """Rows [q_begin, q_end) against keys [k_begin, k_end) of a tile; `masked` if a band crosses it."""
 

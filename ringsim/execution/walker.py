@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DeviceError, PeerTimeout
-from ..schedule import Compute, Op, Recv, Region, Send, Wait
+from ..footprint import Footprint
+from ..schedule import Compute, Op, Recv, Region, Schedule, Send, Wait
 from ..timeline import POSTS, Event
 from ..transport import Transport
 from .memory import Memory
@@ -33,6 +34,19 @@ class Backend(Protocol):
 
     def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """An array for the caller to keep."""
+
+    def put(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """A NumPy array's values in the backend's memory; on the host the array itself."""
+
+    def get(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The values of an array as a NumPy array, once all that is queued has been done; on the host the array itself."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scratch held now."""
+
+    def footprint(self, schedule: Schedule, rank: int) -> Footprint:
+        """What a rank holds while it runs the schedule, by the memory model."""
 
     def empty(self, nbytes: int) -> npt.NDArray[Any]:
         """A flat uint8 array in the memory that kernels work on."""

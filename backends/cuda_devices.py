@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ringsim.backends.cuda import Calls
 from ringsim.backends.cuda_tiles import Tiles
-from ringsim.backends.cupy_calls import load
+from ringsim.backends.cupy_calls import CupyCalls, load
 from ringsim.errors import MissingDependency
 from ringsim.transport import Transport
 
@@ -20,15 +19,15 @@ def device_of(control: Transport) -> int:
     return local_rank % count
 
 
-def tiles_on(calls: Calls) -> tuple[Tiles, ...]:
-    """cuDNN's fused kernels where they are installed, and our own for what they refuse."""
+def tiles_on(calls: CupyCalls) -> tuple[Tiles, ...]:
+    """Fused kernels of cuDNN where they are installed, and our own for what they refuse."""
     from ringsim.backends.cuda_attend import OwnTiles
 
     own: Tiles = OwnTiles(calls)
     try:
         from ringsim.backends.cudnn import CudnnTiles
 
-        return CudnnTiles(calls), own
+        return CudnnTiles(calls, capability=calls.capability), own
     except MissingDependency:
         # what is used then stands in the facts of every measurement, and in what `ringsim doctor` says
         return (own,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ringsim.backends.cuda import DeviceArray, Stream
 from ringsim.parts import Band, Part, part_of, parts_of
@@ -61,6 +61,9 @@ class Tiles(Protocol):
 
     def attend_backward(self, operands: Backward, band: Band | None, scale: float, stream: Stream) -> None:
         """Queue one tile backward."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a measurement depends on: versions, and what was planned so far."""
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ringsim.backends.cuda import Calls, DeviceArray, Stream
 from ringsim.backends.cuda_order import Mark, Order
 from ringsim.backends.cuda_pending import Partials
-from ringsim.backends.cuda_state import Partial, StateKernels
+from ringsim.backends.cuda_state import Partial, State, StateKernels
 from ringsim.backends.cuda_tiles import Backward, Band, Forward, Part, Tiles, parts_of
 from ringsim.dtypes import ITEMSIZE, numpy_dtype
 from ringsim.errors import ArrayError, DeviceError
@@ -73,7 +73,8 @@ class CupyBackend:
         made = np.empty(array.nbytes, np.uint8)
         self.calls.copy(made, dense.reshape(-1).view(np.uint8), self.stream)
         self.calls.synchronize(self.calls.record(self.stream))
-        return made.view(array.dtype).reshape(array.shape)
+        values: npt.NDArray[Any] = made.view(array.dtype).reshape(array.shape)
+        return values
 
     def footprint(self, schedule: Schedule, rank: int) -> Footprint:
         """What a rank holds while it runs the schedule, by the memory model: what tiles make is scratch."""
@@ -140,13 +141,13 @@ class CupyBackend:
 
     def _reset(self, op: Compute, fetch: Fetch, scale: float) -> None:
         places = places_of(op)
-        state = (fetch(places[0]), fetch(places[1]), fetch(places[2]))
+        state = State(*(fetch(place) for place in places))
         self._partials.ledger.reset(places, state)
 
     def _attend(self, op: Compute, fetch: Fetch, scale: float) -> None:
         q, k, v = (fetch(region) for region in op.reads[:3])
         places = places_of(op)
-        pending = self._partials.ledger.of(places, (fetch(places[0]), fetch(places[1]), fetch(places[2])))
+        pending = self._partials.ledger.of(places, State(*(fetch(place) for place in places)))
         for tile, part in parts_of(op.tiles):
             fused = self._fused(q, v, part, backward=False)
             for heads, kv_heads in head_ranges(tile, q.shape[2] // k.shape[2]):
@@ -166,13 +167,13 @@ class CupyBackend:
 
     def _finish(self, op: Compute, fetch: Fetch, scale: float) -> None:
         places = places_of(op)
-        pending = self._partials.ledger.of(places, (fetch(places[0]), fetch(places[1]), fetch(places[2])))
+        pending = self._partials.ledger.of(places, State(*(fetch(place) for place in places)))
         self._partials.finish(pending, fetch(op.writes[0]), fetch(op.writes[1]))
         self._launches += 1
 
     def _merge(self, op: Compute, fetch: Fetch, scale: float) -> None:
         arrays = [fetch(region) for region in op.reads]
-        self._kernels.merge((arrays[0], arrays[1], arrays[2]), (arrays[3], arrays[4], arrays[5]), self.stream)
+        self._kernels.merge(State(*arrays[:3]), State(*arrays[3:]), self.stream)
         self._launches += 1
 
     def _pack(self, op: Compute, fetch: Fetch, scale: float) -> None:

@@ -89,7 +89,7 @@ class CupyCalls:
             return self._cupy.empty(nbytes, np.uint8)
 
     def view(self, name: str, value: Any) -> DeviceArray:
-        """A CuPy array, or anything in this device's memory that speaks DLPack or has __cuda_array_interface__, as a CuPy array."""
+        """A CuPy array of what lies in this device's memory: a CuPy array, or what speaks DLPack or __cuda_array_interface__."""
         array = self._view(name, value)
         if array.device.id != self.device:
             raise ArrayError(f"{name} lies on device {array.device.id}; this rank computes on device {self.device}")
@@ -184,6 +184,12 @@ class CupyCalls:
                 raise DeviceError(f"kernel {kernel.name} of {kernel.source} does not compile here: {error}") from error
         return self._modules[kernel]
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The device's compute capability."""
+        properties = self._runtime.getDeviceProperties(self.device)
+        return int(properties["major"]), int(properties["minor"])
+
     def facts(self) -> dict[str, Any]:
         """What a measurement on this device depends on: its name and size, the driver, the libraries."""
         properties = self._runtime.getDeviceProperties(self.device)
@@ -191,7 +197,7 @@ class CupyCalls:
 
         return {
             "device": properties["name"].decode(),
-            "compute_capability": f"{properties['major']}.{properties['minor']}",
+            "compute_capability": "{}.{}".format(*self.capability),
             "units": int(properties["multiProcessorCount"]),
             "memory_nbytes": int(properties["totalGlobalMem"]),
             "uuid": properties["uuid"].hex(),

@@ -115,8 +115,8 @@ class NumpyBackend:
     def footprint(self, schedule: Schedule, rank: int) -> Footprint:
         """What a rank holds while it runs the schedule, by the memory model."""
         dtype = accumulator(schedule.workload.dtype)
-        cut = {"blocking": self.blocking(dtype), "backward_blocking": self.backward_blocking(dtype)}
-        return weigh(schedule, rank, **cut, threads=self.threads)
+        forward, backward = self.blocking(dtype), self.backward_blocking(dtype)
+        return weigh(schedule, rank, blocking=forward, backward_blocking=backward, threads=self.threads)
 
     def empty(self, nbytes: int) -> Array:
         """Host memory, as a flat uint8 array, whose every page has been touched: the first run does not pay for it."""

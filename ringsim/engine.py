@@ -66,7 +66,10 @@ def _on_host(control: Transport, threads: int | None) -> Engine:
     if threads is None:
         threads = max(1, available_cores() // control.hosts.count(control.hosts[control.rank]))
     made = _on_every_rank(control, lambda: NumpyBackend(threads=threads))
-    return Engine(backend=made, transport=control, control=control, said=f"transport {control.name}: it moves host memory")
+    facts = {"threads": threads}
+    return Engine(
+        backend=made, transport=control, control=control, said=f"transport {control.name}: it moves host memory", facts=facts
+    )
 
 
 def _on_device(control: Transport, transport: str) -> Engine:
@@ -78,12 +81,15 @@ def _on_device(control: Transport, transport: str) -> Engine:
     calls = _on_every_rank(control, lambda: CupyCalls(device_of(control)))
     made = _on_every_rank(control, lambda: CupyBackend(calls, tiles_on(calls)))
     facts = calls.facts() | {"fused": [one.name for one in made.tiles]}
+    for fused in made.tiles:
+        facts |= fused.facts()
     uuids = control.allgather(facts["uuid"])
     facts["ranks_on_device"] = uuids.count(facts["uuid"])
     if control.world_size == 1:
         return Engine(backend=made, transport=control, control=control, said="transport none: one rank", facts=facts)
     chosen = choose(transport, control, calls, facts)
     most = max(uuids.count(uuid) for uuid in uuids)
+    facts["transports_refused"] = {refused.name: refused.why for refused in chosen.tried}
     said = chosen.reason + (f"; up to {most} ranks share a GPU, and its time" if most > 1 else "")
     return Engine(backend=made, transport=chosen.transport, control=control, said=said, facts=facts)
 

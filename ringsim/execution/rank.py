@@ -83,8 +83,9 @@ class Rank:
     def timeline(self) -> Timeline | None:
         """What the last run that came to its end took; of a device, once that has come to its end too, for which this waits."""
         if self._timeline is None and self._walked is not None:
-            inputs = {"digest": self.schedule.digest, "world_size": self.schedule.world_size}
-            self._timeline = Timeline(source="measured", events=self._walked.measured(), **inputs)
+            digest, world_size = self.schedule.digest, self.schedule.world_size
+            events = self._walked.measured()
+            self._timeline = Timeline(source="measured", digest=digest, world_size=world_size, events=events)
         return self._timeline
 
     def walker(self, *arrays: Array, stream: Any = None) -> Walker:

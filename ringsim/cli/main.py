@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import click
 
 from .. import __version__
+from .calibrate import calibrate
 from .doctor import doctor
 from .machines import topologies
-from .measure import calibrate, compare, run
+from .measure import compare, run
 from .predict import breakeven, memory, schedule, simulate, strategies
 from .session import end
 

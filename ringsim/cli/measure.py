@@ -1,4 +1,4 @@
-"""Commands that run the ring: run, calibrate, compare. Start them with mpiexec."""
+"""Commands that run the ring: run, compare. Start them with mpiexec."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from typing import Any
 
 import click
 
-from .. import files, report, topology
-from ..calibration import Kernel, to_yaml
-from ..calibration import calibrate as calibrate_machine
+from .. import report, topology
 from ..comparison import compare as compare_timelines
-from ..dtypes import ALIASES, ATTENTION, canonical
 from ..engine import BACKENDS, TRANSPORTS, Engine, engine_of
-from ..lowering import Blocking
 from ..simulation import simulate
 from .options import MACHINE, OUTPUT, RUNS, WORKLOAD, machine, plan, with_options
-from .running import agree, checked, facts, measure
-from .session import check_outputs, console, on_leader, open_transport, progress, write_outputs
+from .running import agree, checked, measure
+from .session import check_outputs, console, on_leader, open_transport, write_outputs
 
 BUSY = 1.3
 CHECK = click.option("--check", is_flag=True, help="Verify against dense attention in float64; exit 1 if it is off.")
@@ -79,63 +75,6 @@ def run(
     }
     on_leader(transport, lambda: write_outputs(json_path, trace_path, record, {"measured": done.runs[-1]}))
     return 0 if done.passed else 1
-
-
-@click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The topology to write.")
-@click.option(
-    "--dtype",
-    "dtypes",
-    type=click.Choice([*ATTENTION, *ALIASES]),
-    multiple=True,
-    default=("float32",),
-    show_default=True,
-    help="Repeatable.",
-)
-@click.option(
-    "--head-dim", "head_dims", type=click.IntRange(1), multiple=True, default=(64, 128), show_default=True, help="Repeatable."
-)
-@click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True, help="Seconds that a wait may last."
-)
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the facts as JSON.")
-def calibrate(output: Path, dtypes: tuple[str, ...], head_dims: tuple[int, ...], timeout: float, json_path: Path | None) -> None:
-    """Measure this machine's kernels and hops with all ranks at work, and write them as a topology."""
-    from ringsim.backends.cpu import available_cores, available_memory
-    from ringsim.backends.numpy import NumpyBackend
-
-    transport = open_transport(timeout)
-    agree("calibrate", transport, dtypes=dtypes, head_dims=head_dims)
-    on_leader(transport, lambda: check_outputs(output, json_path))
-    kernels = [Kernel(dtype=canonical(dtype), head_dim=dim) for dtype in dtypes for dim in sorted(set(head_dims))]
-
-    def backend(blocking: Blocking | None) -> NumpyBackend:
-        return NumpyBackend(blocking=blocking, backward_blocking=blocking)
-
-    with progress("calibrating", len(kernels) + 2) as advance:
-        described = facts(engine_of(transport, threads=1))
-        values = calibrate_machine(
-            transport,
-            kernels,
-            backend,
-            cores=available_cores(),
-            memory_nbytes=available_memory(),
-            facts=described,
-            progress=advance,
-        )
-    text = to_yaml(values)
-    topology.parse(text, "what was measured")
-    on_leader(transport, lambda: files.write_text(output, text))
-    on_leader(transport, lambda: write_outputs(json_path, None, values, {}))
-    hop, progress_kind = values["links"]["memory"], values["transports"]["mpi"]["progress"]
-    tables = values["devices"]["host"]["attention"]
-    lines = [
-        f"{table['dtype']} head_dim {table['head_dim']}: {table['rate']} a core, backward {table['backward']['rate']}"
-        for table in tables
-    ]
-    console().print(
-        "\n".join([*lines, f"hop: {hop['latency']} + bytes / {hop['bandwidth']}, driven by {progress_kind}", f"wrote {output}"])
-    )
 
 
 @click.command()

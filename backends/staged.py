@@ -228,9 +228,7 @@ class Staged:
 
     def __init__(self, host: Transport, calls: Calls, *, chunk_nbytes: int = CHUNK_NBYTES, depth: int = DEPTH) -> None:
         if chunk_nbytes < 1 or depth < 1:
-            raise TransportError(
-                f"mpi-staged needs chunks of 1 B or more, and at least 1: {depth} of {chunk_nbytes} B were asked for"
-            )
+            raise TransportError(f"mpi-staged needs a chunk of a byte or more each way, not {depth} of {chunk_nbytes} B")
         sizes = host.allgather(chunk_nbytes)
         if set(sizes) != {chunk_nbytes}:
             raise RankMismatch(f"mpi-staged cuts messages into chunks of different sizes on the ranks: {sizes} B")

@@ -1,8 +1,13 @@
 """Hypothesis draws anew on a developer's machine and repeats itself in CI, where a busy host is no fault."""
 
 import os
+import sys
+from pathlib import Path
 
 from hypothesis import HealthCheck, settings
+
+# helpers of the tests import one another by plain name, as programs/ do
+sys.path.insert(0, str(Path(__file__).parent))
 
 settings.register_profile("ci", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 if os.environ.get("CI"):

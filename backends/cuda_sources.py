@@ -1,7 +1,7 @@
 """The CUDA sources of `backends/kernels`: their text, what they are compiled for, and how NVRTC compiles them.
 
-A source's first line declares its macros, ``// takes: ELEMENT STATE``; in a Kernel's `types` each is a dtype's name, which becomes
-a C type, or what the macro shall be.
+A source's first line declares its macros, ``// takes: ELEMENT STATE``; in a Kernel's `types` each is a dtype's name, which
+becomes a C type, or what the macro shall be.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ C_TYPES: Final = {"float64": "double", "float32": "float", "float16": "half_t", 
 MODULES: Final = ("cuda_state",)
 """The modules whose KERNELS are all that is ever launched."""
 _INCLUDE: Final = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
+_KERNEL: Final = re.compile(r'^extern "C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', re.MULTILINE)
 
 
 @cache
@@ -58,7 +59,7 @@ def macros_of(source: str) -> tuple[str, ...]:
 
 def names_of(source: str) -> tuple[str, ...]:
     """The kernels that a source defines."""
-    return tuple(re.findall(r'extern "C" __global__ void(?: __launch_bounds__\([^)]*\))? (\w+)\(', text_of(source)))
+    return tuple(_KERNEL.findall(text_of(source)))
 
 
 def definitions(types: tuple[tuple[str, str], ...]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from ringsim.backends.cuda import Calls, DeviceArray, Event, Stream
 from ringsim.backends.cuda_state import StateKernels
 from ringsim.backends.cuda_strides import address_of
 from ringsim.backends.cuda_tiles import Backward, Band, Forward
-from ringsim.backends.cudnn_limits import ALIGNMENT, ORDERED_DQ, Given, bounds_of, misfits, refusals
+from ringsim.backends.cudnn_limits import ALIGNMENT, LSE_READ_WITH_STRIDES, ORDERED_DQ, Given, bounds_of, misfits, refusals
 from ringsim.backends.cudnn_plans import BACKWARD, Plan, Problem, build, execute, layout_of, load, versions
 from ringsim.dtypes import ITEMSIZE, numpy_dtype
 from ringsim.errors import DeviceError
@@ -70,12 +70,13 @@ class CudnnTiles:
         self._plans: dict[Problem, Plan] = {}
         self._workspace = Room(calls)
         self._stand_in = Room(calls)
+        self._lse = Room(calls)
         self._stream: Stream | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory held: cuDNN's workspace, and the stand-in for o."""
-        return self._workspace.nbytes + self._stand_in.nbytes
+        """Bytes of device memory held: cuDNN's workspace, the stand-in for o, and rows of lse."""
+        return self._workspace.nbytes + self._stand_in.nbytes + self._lse.nbytes
 
     def facts(self) -> dict[str, Any]:
         """Versions of cuDNN and its frontend, and the engine and workspace of each plan so far."""
@@ -91,12 +92,16 @@ class CudnnTiles:
         return next(refusals(self._given, dtype, widths, band, backward=backward), None)
 
     def unfit(self, arrays: Sequence[DeviceArray], band: Band | None) -> str | None:
-        """Why it cannot compute this tile of a kind that it does not refuse, or None. `arrays`: q, k, v (and dout, lse)."""
+        """Why it cannot compute this tile of a kind that it does not refuse, or None. `arrays`: q, k, v (and dout)."""
         return next(misfits(self._given, arrays, band, most_scores=self._most_scores), None)
 
     def attend(self, operands: Forward, band: Band | None, scale: float, stream: Stream) -> None:
         """Queue one tile forward. Raises DeviceError where cuDNN cannot."""
-        self._run(operands, operands[:3], band, scale, stream)
+        self._follow(stream)
+        lse = self._per_row(operands.lse, stream, read=False)
+        self._run((*operands[:4], lse), operands[:3], band, scale, stream)
+        if lse is not operands.lse:
+            self._state.copy(operands.lse, lse, stream)
 
     def attend_backward(self, operands: Backward, band: Band | None, scale: float, stream: Stream) -> None:
         """Queue one tile backward. Raises DeviceError where cuDNN cannot."""
@@ -106,8 +111,21 @@ class CudnnTiles:
         nbytes = dout.size * ITEMSIZE[dtype]
         target = self._stand_in.of(nbytes, stream)[:nbytes].view(numpy_dtype(dtype)).reshape(dout.shape)
         self._state.stand_in(dout, operands.delta, target, stream)
-        given = (*operands[:3], target, dout, operands.lse, *operands[6:])
-        self._run(given, operands[:5], band, scale, stream)
+        lse = self._per_row(operands.lse, stream, read=True)
+        if lse is not operands.lse:
+            self._state.copy(lse, operands.lse, stream)
+        given = (*operands[:3], target, dout, lse, *operands[6:])
+        self._run(given, operands[:4], band, scale, stream)
+
+    def _per_row(self, lse: DeviceArray, stream: Stream, *, read: bool) -> DeviceArray:
+        """Where cuDNN reads or writes lse: there, or in scratch where its address or strides are not what cuDNN takes them for.
+
+        cuDNN is told that each operand begins at a multiple of 16 bytes and does not look; rows of a striped tile begin anywhere.
+        """
+        packed = lse.flags.c_contiguous or not read or self._given.version >= LSE_READ_WITH_STRIDES
+        if packed and address_of(lse) % ALIGNMENT == 0:
+            return lse
+        return self._lse.of(lse.nbytes, stream)[: lse.nbytes].view(lse.dtype).reshape(lse.shape)
 
     def _run(
         self, operands: Sequence[DeviceArray], inputs: Sequence[DeviceArray], band: Band | None, scale: float, stream: Stream
@@ -120,7 +138,7 @@ class CudnnTiles:
         plan = self._plans[problem]
         addresses = [address_of(one) for one in operands]
         for name, at in zip(problem.names, addresses, strict=True):
-            if at % ALIGNMENT and name != "lse":
+            if at % ALIGNMENT:
                 raise DeviceError(f"cuDNN wants {name} at a multiple of {ALIGNMENT} bytes, not at {at:#x}")
         self._follow(stream)
         workspace = address_of(self._workspace.of(plan.workspace_nbytes, stream)) if plan.workspace_nbytes else 0

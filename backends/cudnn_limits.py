@@ -18,6 +18,7 @@ DTYPES: Final = ("float16", "bfloat16")
 OLDEST: Final = 91300
 """Of cuDNN's versions, as ``10000 * major + 100 * minor + patch``: the first that has no known fault in what is used here."""
 LSE_READ_WITH_STRIDES: Final = 92600
+"""The first version whose backward pass reads lse by its strides; its forward pass writes it so from 9.12 on."""
 ORDERED_DQ: Final = 92500
 ALIGNMENT: Final = 16
 """Bytes: cuDNN's kernels read q, k, v and out by 16-byte vectors and do not look (issue 1571 of the frontend)."""
@@ -98,7 +99,7 @@ def _backward_refusals(given: Given, widths: tuple[int, int]) -> Iterator[str]:
 
 def misfits(given: Given, arrays: Sequence[DeviceArray], band: Band | None, *, most_scores: int) -> Iterator[str]:
     """Why a tile of a kind that cuDNN computes does not suit it: rows, strides and addresses of (q, k, v), or of
-    (q, k, v, dout, lse) in the backward pass.
+    (q, k, v, dout) in the backward pass.
     """
     rows, keys, backward = arrays[0].shape[1], arrays[1].shape[1], len(arrays) > 3
     left = (bounds_of(band) or (None, None))[0]
@@ -113,8 +114,6 @@ def misfits(given: Given, arrays: Sequence[DeviceArray], band: Band | None, *, m
         if found is not None:
             yield found
     if backward:
-        if given.version < LSE_READ_WITH_STRIDES and not _packed(arrays[4]):
-            yield f"cuDNN before {spelled(LSE_READ_WITH_STRIDES)} reads lse without its strides, here {arrays[4].strides} bytes"
         needed = scores_nbytes(arrays[0], keys)
         ordered = given.capability[0] == 9 and given.version >= ORDERED_DQ
         if given.squares and not ordered and needed > most_scores:
@@ -134,10 +133,6 @@ def scores_nbytes(q: DeviceArray, keys: int) -> int:
     """Bytes of the score gradients of a tile, as cuDNN's deterministic backward pass stores them (`expand_node`)."""
     batch, rows, heads, _ = q.shape
     return int(batch * heads * (-(-rows // 64) * 64) * (-(-keys // 128) * 128) * 2)
-
-
-def _packed(lse: DeviceArray) -> bool:
-    return bool(lse.flags.c_contiguous)
 
 
 def spelled(version: int) -> str:

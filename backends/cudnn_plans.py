@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -32,15 +32,21 @@ class Layout(NamedTuple):
 
 def layout_of(array: DeviceArray) -> Layout:
     """Of (batch, rows, heads, width) or, for one number a row, of (batch, heads, rows)."""
-    sizes, strides = array.shape, tuple(stride // array.itemsize for stride in array.strides)
+    sizes = [int(size) for size in array.shape]
+    strides = [int(stride) // int(array.itemsize) for stride in array.strides]
     if len(sizes) == 3:
-        sizes, strides = (*sizes, 1), (*strides, 1)
-    else:
-        sizes, strides = (sizes[0], sizes[2], sizes[1], sizes[3]), (strides[0], strides[2], strides[1], strides[3])
-    # strides of axes of length 1 mean nothing: the largest extent stands for them, so that equal layouts are equal
-    extent = max(size * stride for size, stride in zip(sizes, strides, strict=True) if size > 1 or stride == 1)
-    plain = (stride if size > 1 else extent for size, stride in zip(sizes[:3], strides[:3], strict=True))
-    return Layout(tuple(int(size) for size in sizes), (*(int(stride) for stride in plain), 1))  # type: ignore[arg-type]
+        sizes, strides = [*sizes, 1], [*strides, 1]
+    # the stride of an axis of length 1 means nothing: a dense one stands for it, so that equal layouts are equal
+    for axis in (2, 1, 0):
+        if sizes[axis] == 1:
+            strides[axis] = sizes[axis + 1] * strides[axis + 1]
+    order = (0, 1, 2, 3) if array.ndim == 3 else (0, 2, 1, 3)
+    return Layout(_four(sizes[axis] for axis in order), _four(strides[axis] for axis in order))
+
+
+def _four(numbers: Iterable[int]) -> tuple[int, int, int, int]:
+    batch, heads, rows, width = numbers
+    return batch, heads, rows, width
 
 
 class Problem(NamedTuple):

@@ -15,8 +15,12 @@ UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half a step of the dtype at 1."""
 
 
-def stand_in(kernel, shape, arguments):
-    """StateKernels.stand_in's kernel: one entry of a row whose product with dout is as near to delta as the dtype allows."""
+def run_kernel(kernel, shape, arguments):
+    """StateKernels' copy and stand_in; a row has one entry here, whose product with dout is as near to delta as can be."""
+    if kernel.name == "copy":
+        target, source = arguments[-2:]
+        target[...] = source
+        return
     assert kernel.name == "stand_in"
     dout, delta, target = arguments[-3:]
     wide = dout.astype(np.float64)
@@ -30,7 +34,7 @@ class Bench:
     """CudnnTiles over a paper GPU and a paper cuDNN."""
 
     def __init__(self, monkeypatch, *, seed=0, capability=(9, 0), version=92800, most_scores_nbytes=1 << 30, **options):
-        self.gpu = PaperGpu(seed, run=stand_in)
+        self.gpu = PaperGpu(seed, run=run_kernel)
         self.cudnn = PaperCudnn(defer=self.gpu.defer, version=version, capability=capability, **options)
         monkeypatch.setitem(sys.modules, "cudnn", self.cudnn)
         self.tiles = CudnnTiles(self.gpu, capability=capability, most_scores_nbytes=most_scores_nbytes)
@@ -52,9 +56,11 @@ class Bench:
             q, k, v, self.made((batch, rows, heads, v_width), dtype), self.made((batch, heads, rows), "float32", padding=3)
         )
 
-    def backward(self, operands, lse, delta):
+    def backward(self, operands, lse, delta, *, offset=0):
+        """`offset`: of the rows of lse and delta in those of the memory that they are part of."""
         dtype = operands.q.dtype.name
-        per_row = [self.made(lse.shape, "float32", padding=5) for _ in range(2)]
+        wider = (*lse.shape[:2], lse.shape[2] + offset)
+        per_row = [self.made(wider, "float32", padding=5)[..., offset:] for _ in range(2)]
         for array, values in zip(per_row, (lse, delta), strict=True):
             array.view(np.ndarray)[...] = values
         made = [self.made(one.shape, dtype) for one in operands[:3]]
@@ -91,13 +97,13 @@ def check_forward(bench, operands, band, scale=0.3):
     assert np.abs(out - right).max() < 3 * unit * np.abs(v).max()
 
 
-def check_backward(bench, forward, band, scale=0.3):
+def check_backward(bench, forward, band, scale=0.3, offset=0):
     q, k, v = (bench.values(one) for one in forward[:3])
     seen = seen_pairs(band, q.shape[1], k.shape[1])
     _, lse, weights = expected(q, k, v, seen, scale)
     # of a ring: lse of more keys than this tile's, and a delta that is not this tile's
     lse, delta = lse + 0.5, bench.rng.normal(size=lse.shape)
-    operands = bench.backward(forward, lse, delta)
+    operands = bench.backward(forward, lse, delta, offset=offset)
     bench.tiles.attend_backward(operands, band, scale, bench.stream)
     dout = bench.values(operands.dout)
     weights = weights * np.exp(-0.5)

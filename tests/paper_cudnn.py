@@ -152,7 +152,11 @@ class Graph:
         if self.backward:
             self._refuse(rows == keys == 1, "s_q = s_kv = 1 is not supported.")
             most = 256 if self.module.capability[0] == 9 else 128
-            self._refuse(max(width, v_width) > most, f"Num hidden_dim should be less than or equal to {most}")
+            special = self.module.capability[0] == 10 and (width, v_width) in ((192, 128), (256, 256))
+            self._refuse(max(width, v_width) > most and not special, f"Num hidden_dim should be less than or equal to {most}")
+            (_, heads, rows, _), stats = self.ports["q"].dim, self.ports["stats"].stride
+            packed = stats == (heads * rows, rows, 1, 1)
+            self._refuse(self.module.version < 92600 and not packed, "a non-ragged Stats input must be a packed BHSD tensor.")
         self.step = "validated"
 
     def _refuse(self, whether, message):
@@ -199,10 +203,10 @@ class Graph:
     def execute(self, pack, workspace, handle):
         assert handle is self.handle and self.plan is not None
         assert sorted(pack) == sorted(tensor.uid for tensor in self.ports.values()), "uids"
-        for name, tensor in self.ports.items():
+        for tensor in self.ports.values():
             address = pack[tensor.uid]
             assert type(address) is int
-            if address % (4 if name == "stats" else 16):
+            if address % 16:
                 raise RuntimeError(f"Uid {tensor.uid}: device pointer is not aligned to the tensor's 16-byte alignment.")
         self.module.log.append(("execute", self.module.engines[self.plan], handle.stream))
         self.module.defer(lambda: self._compute(pack, workspace), handle.stream)

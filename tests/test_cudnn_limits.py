@@ -48,7 +48,7 @@ def test_what_cudnn_does_not_compute_is_refused_beforehand(given_, dtype, widths
 def operands_of(rows, keys, *, heads=2, backward=False):
     shapes = [(1, rows, heads, 16), (1, keys, heads, 16), (1, keys, heads, 16)]
     made = [np.zeros(shape, np.float16) for shape in shapes]
-    return [*made, made[0], np.zeros((1, heads, rows), np.float32)] if backward else made
+    return [*made, made[0]] if backward else made
 
 
 def reasons(given_, arrays, band=None, most_scores=1 << 30):
@@ -85,9 +85,6 @@ def test_score_gradients_beyond_the_limit_are_refused_where_nothing_else_is_dete
     old = Given(92400, (9, 0))
     assert "would store" in reasons(old, arrays, most_scores=needed - 1)[0]
     assert reasons(old, arrays) == []
-    arrays[4] = np.zeros((1, 2, 300), np.float32)[..., :100]
-    assert "reads lse without its strides" in reasons(old, arrays)[0]
-    assert reasons(HOPPER, arrays) == []
 
 
 def test_a_tile_given_all_the_same_is_an_error(monkeypatch):

@@ -131,8 +131,10 @@ class CudnnTiles:
         self, operands: Sequence[DeviceArray], inputs: Sequence[DeviceArray], band: Band | None, scale: float, stream: Stream
     ) -> None:
         """Queue the plan of these operands; `inputs` are those that `unfit` looks at."""
-        left, right = bounds_of(band) or (None, None)
-        problem = Problem(operands[0].dtype.name, tuple(map(layout_of, operands)), left, right, float(scale))
+        bounds = bounds_of(band)
+        if bounds is None:
+            raise DeviceError(f"a tile that cuDNN does not compute: {band} has no bounds on i - j that include 0")
+        problem = Problem(operands[0].dtype.name, tuple(map(layout_of, operands)), *bounds, float(scale))
         if problem not in self._plans:
             self._plans[problem] = self._planned(problem, inputs, band)
         plan = self._plans[problem]

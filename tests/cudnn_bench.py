@@ -33,8 +33,10 @@ def run_kernel(kernel, shape, arguments):
 class Bench:
     """CudnnTiles over a paper GPU and a paper cuDNN."""
 
-    def __init__(self, monkeypatch, *, seed=0, capability=(9, 0), version=92800, most_scores_nbytes=1 << 30, **options):
-        self.gpu = PaperGpu(seed, run=run_kernel)
+    def __init__(
+        self, monkeypatch, *, seed=0, capability=(9, 0), version=92800, most_scores_nbytes=1 << 30, run=run_kernel, **options
+    ):
+        self.gpu = PaperGpu(seed, run=run)
         self.cudnn = PaperCudnn(defer=self.gpu.defer, version=version, capability=capability, **options)
         monkeypatch.setitem(sys.modules, "cudnn", self.cudnn)
         self.tiles = CudnnTiles(self.gpu, capability=capability, most_scores_nbytes=most_scores_nbytes)

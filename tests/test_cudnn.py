@@ -16,6 +16,7 @@ from ringsim.tile import Span, Tile
 from ringsim.workload import Workload
 
 from .cudnn_bench import Bench, check_backward, check_forward, seen_pairs
+from .emulator import Emulator, needs_compiler
 from .paper_cudnn import Graph, diagonal_alignment
 from .paper_gpu import PaperGpu
 
@@ -110,6 +111,16 @@ def test_lse_of_rows_that_begin_anywhere_goes_through_scratch(monkeypatch, versi
     check_backward(bench, aligned, band, offset=1)
     assert sum(entry[:2] == ("launch", "copy") for entry in bench.gpu.log) == (2 if version == 92800 else 3)
     assert bench.tiles.refuses("bfloat16", (16, 16), band, backward=True) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_with_the_kernels_that_a_gpu_runs(monkeypatch, dtype):
+    bench = Bench(monkeypatch, run=Emulator(seed=1).launch)
+    band = Band(distance=2, q_step=1, k_step=1, lo=0, hi=9)
+    operands = bench.forward((2, 19, 4, 24), (2, 21, 2, 24), 40, dtype)
+    check_forward(bench, operands._replace(lse=bench.made((2, 4, 20), "float32")[..., 1:]), band)
+    check_backward(bench, operands, band, offset=1)
 
 
 # plans, workspace, streams

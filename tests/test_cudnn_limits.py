@@ -96,6 +96,10 @@ def test_a_tile_given_all_the_same_is_an_error(monkeypatch):
     with pytest.raises(DeviceError, match="out has strides"):
         bench.tiles.attend(crooked, None, 0.3, bench.stream)
     check_forward(bench, operands, None)
+    # the same shape without a band has a plan by now
+    for band in (Band(0, 2, 3, 0, None), Band(0, 1, 1, 1, None)):
+        with pytest.raises(DeviceError, match="no bounds on i - j that include 0"):
+            bench.tiles.attend(operands, band, 0.3, bench.stream)
     shifted = bench.gpu.upload(np.zeros(24 * 2 * 24 + 1, np.float16))[1:].reshape(1, 24, 2, 24)[..., :16]
     with pytest.raises(DeviceError, match="cuDNN wants out at a multiple of 16 bytes"):
         bench.tiles.attend(operands._replace(out=shifted), None, 0.3, bench.stream)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
     r"(?:mpiexec -n \d+ |^ *)ringsim "
-    r"((?:simulate|memory|breakeven|run|calibrate|compare|schedule|strategies|topologies)(?: [^`#\n]*)?)",
+    r"((?:simulate|memory|breakeven|run|calibrate|compare|doctor|schedule|strategies|topologies)(?: [^`#\n]*)?)",
     re.MULTILINE,
 )
 

@@ -12,7 +12,7 @@ def look(system: System, transport: Transport) -> list[Finding]:
     """The claim of the MPI in this process, and what in the environment speaks against it; it matters where there are GPUs."""
     gpus = bool(gpu.see(system).gpus)
     if transport.name != "mpi":
-        fact = "not asked: MPI is not in use; mpiexec -n 2 ringsim doctor asks it, and proves the answer"
+        fact = "not asked: MPI is not in use; `mpiexec -n 2 ringsim doctor` asks it, and proves the answer"
         return [Finding(subject="mpi", name="CUDA-aware", fact=fact)] if gpus else []
     from ringsim.backends.cuda_aware import claims
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..transport import Transport
 from . import answers, cuda, gpu
-from .place import Place
 from .system import System
 
 
@@ -25,8 +24,8 @@ class Choice:
         return asdict(self) | {"why": list(self.why)}
 
 
-def choose(system: System, transport: Transport, place: Place, tried: str = "") -> Choice:
-    """The defaults, and what they leave; `tried` is what came of trying the GPU backend."""
+def choose(system: System, transport: Transport, *, sharing: int, tried: str = "") -> Choice:
+    """The defaults, and what they leave: `sharing` ranks have this one's processors; `tried` is what came of the GPU backend."""
     mine = system.affinity()
     why = [
         f"backend: --backend is numpy by default; {f'with --backend cupy: {tried}' if tried else _cupy(system)}",
@@ -35,10 +34,14 @@ def choose(system: System, transport: Transport, place: Place, tried: str = "") 
     if mine is None:
         why.append("threads: --threads is 1 by default")
     else:
-        share = max(1, len(mine) // sum(1 for host in transport.hosts if host == transport.hosts[place.rank]))
-        left = f"; --threads {share} would use the {len(mine)} processors of this rank" if share > 1 else ""
+        share = max(1, len(mine) // sharing)
+        left = f"; --threads {share} would use the {len(mine)} processors of {_whose(sharing)}" if share > 1 else ""
         why.append(f"threads: --threads is 1 by default{left}")
     return Choice(backend="numpy", transport=transport.name, threads=1, why=tuple(why))
+
+
+def _whose(sharing: int) -> str:
+    return "rank 0" if sharing == 1 else f"{sharing} ranks together"
 
 
 def _cupy(system: System) -> str:
@@ -51,7 +54,7 @@ def _cupy(system: System) -> str:
         return f"--backend cupy needs CuPy: {cuda.extra(seen)}"
     if not facts.get("devices"):
         return "--backend cupy needs a GPU that CuPy sees: see above"
-    return "--backend cupy finds what it needs; mpiexec -n 2 ringsim doctor tries its transports"
+    return "--backend cupy finds what it needs; `mpiexec -n 2 ringsim doctor` tries its transports"
 
 
 def _transport(transport: Transport) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from ..errors import TransportError
 from ..transport import Transport
 from . import answers, aware, cuda, gpu, host, links, mpi, nics, place, python, together, trial, variables
-from .choice import choose
+from .choice import Choice, choose
 from .finding import Finding, Probe, attempt
 from .merge import Examined, merge
 from .place import Place
@@ -47,7 +48,8 @@ def examine(
         hosts=tuple(dict.fromkeys(transport.hosts)),
         world_size=transport.world_size,
         lines=merge(examined),
-        choice=transport.allgather(choose(system, transport, mine) if transport.rank == 0 else None)[0],
+        choice=_choice(system, transport, together.sharing(examined, 0)),
+        sharing=together.sharing(examined, 0),
         ready=transport.world_size > 1 and all(transport.allgather(_ready(system, mine))),
     )
 
@@ -71,14 +73,21 @@ def _ready(system: System, mine: Place) -> bool:
 
 
 def try_out(report: Report, system: System, transport: Transport, how: Callable[[Transport], Trial] = trial.make) -> Report:
-    """The report with what came of making the GPU backend on all ranks; collective."""
-    mine = Place.of(transport.rank, transport.hosts, launched=True)
+    """The report with what came of making the GPU backend on all ranks; collective. Where ranks lose each other, with that."""
     tried = trial.attempt(transport, how)
-    one = Examined(
-        rank=transport.rank,
-        host=transport.hosts[transport.rank],
-        findings=tuple(replace(finding, each="rank") for finding in tried.findings),
-    )
-    lines = merge(transport.allgather(one))
-    choice = transport.allgather(choose(system, transport, mine, tried.said) if transport.rank == 0 else None)[0]
+    own = tuple(replace(finding, each="rank") for finding in tried.findings)
+    mine = Examined(rank=transport.rank, host=transport.hosts[transport.rank], findings=own)
+    try:
+        lines = merge(transport.allgather(mine))
+        choice = _choice(system, transport, report.sharing, tried.said)
+    except TransportError as error:
+        lost = Finding(subject="trial", name="ranks", fact=f"lost each other: {error}", status="wrong", remedy=trial.REMEDY)
+        lines, choice = merge([replace(mine, findings=(*own, lost))]), report.choice
     return replace(report, lines=(*report.lines, *lines), choice=choice)
+
+
+def _choice(system: System, transport: Transport, sharing: int, tried: str = "") -> Choice:
+    """What rank 0 would use, on every rank."""
+    mine = choose(system, transport, sharing=sharing, tried=tried) if transport.rank == 0 else None
+    found: Choice = transport.allgather(mine)[0]
+    return found

@@ -124,7 +124,7 @@ def _parse(text: str, fields: list[str]) -> Seen:
         facts = dict(zip(fields, cells, strict=False))
         if len(cells) != len(fields) or not (cells[0].isascii() and cells[0].isdigit()) or len(cells[0]) > 4:
             remedy = "run `nvidia-smi --query-gpu=index,name --format=csv` by hand: the output is none that ringsim can read"
-            fact = f"nvidia-smi wrote {row!r} where {len(fields)} columns were asked for"
+            fact = f"nvidia-smi wrote {row[:80]!r} where {len(fields)} columns were asked for"
             return Seen(fault=Finding(subject="gpu", name="GPUs", fact=fact, status="wrong", remedy=remedy))
         found.append(Gpu(index=int(cells[0]), uuid=facts["uuid"], bus=facts["pci.bus_id"], facts=facts))
     return Seen(gpus=tuple(found))

@@ -83,7 +83,7 @@ def _launcher(system: System, name: str, path: str, library: Flavour | None) -> 
         return Finding(subject="mpi", name=name, fact=f"{path} fails: {ran.said}", status="note", remedy=remedy)
     if launcher is None:
         fact = f"{path}, of an MPI that ringsim does not know: {(ran.stdout + ran.stderr).strip()[:100]!r}"
-        remedy = "see under `launched` whether the ranks find each other: mpiexec -n 2 ringsim doctor"
+        remedy = "see under `launched` whether the ranks find each other: `mpiexec -n 2 ringsim doctor`"
         return Finding(subject="mpi", name=name, fact=fact, status="note", remedy=remedy)
     return _fitting(name, path, launcher, library)
 
@@ -100,7 +100,7 @@ def _fitting(name: str, path: str, launcher: Flavour, library: Flavour | None) -
         return Finding(subject="mpi", name=name, fact=fact, status="wrong", remedy=remedy)
     if how != "own":
         fact += f", the library is {library}: both speak PMI, and as a rule such ranks find each other"
-        remedy = f"try it: {path} -n 2 ringsim doctor; if ranks are worlds of one, use the launcher of {library.name}"
+        remedy = f"try it: `{path} -n 2 ringsim doctor`; if ranks are worlds of one, use the launcher of {library.name}"
         return Finding(subject="mpi", name=name, fact=fact, status="note", remedy=remedy)
     if launcher.name == library.name and launcher.version != library.version and launcher.name != "Intel MPI":
         fact += f", the library is {library.version}: another installation"

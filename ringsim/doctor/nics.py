@@ -97,9 +97,18 @@ def _needs(system: System) -> list[Finding]:
         remedy = "ulimit -l unlimited, for the job's daemon too (slurmd: LimitMEMLOCK=infinity); docker --ulimit memlock=-1"
         found.append(Finding(subject="network", name="locked memory", fact=fact, status="note", remedy=remedy))
     if gpu.see(system).gpus and system.names(INFINIBAND):
-        modules = [name for name in ("nvidia_peermem", "nv_peer_mem", "gdrdrv") if system.names(f"/sys/module/{name}")]
-        fact = f"{', '.join(modules) or 'no'} kernel module{'s' if len(modules) > 1 else ''} for GPUDirect RDMA loaded"
-        peer = any("peer" in name for name in modules)
-        remedy = "sudo modprobe nvidia-peermem, unless UCX and the kernel use DMA-BUF; else messages are staged through the host"
-        found.append(Finding(subject="network", name="GPUDirect RDMA", fact=fact, status="ok" if peer else "note", remedy=remedy))
+        found.append(_direct(system))
     return found
+
+
+def _direct(system: System) -> Finding:
+    """Whether an adapter may reach GPU memory: by a kernel module, or by DMA-BUF, which NVIDIA's open kernel modules offer."""
+    ways = [name for name in ("nvidia_peermem", "nv_peer_mem") if system.names(f"/sys/module/{name}")]
+    if "Open Kernel Module" in (system.read("/proc/driver/nvidia/version") or ""):
+        ways.append("DMA-BUF of the open kernel modules")
+    copies = "; gdrdrv is loaded" if system.names("/sys/module/gdrdrv") else ""
+    if ways:
+        return Finding(subject="network", name="GPUDirect RDMA", fact=f"possible: {', '.join(ways)}{copies}", differing="note")
+    fact = f"neither nvidia_peermem is loaded nor the driver of the open kind, which has DMA-BUF{copies}"
+    remedy = "sudo modprobe nvidia-peermem, or install the open kernel modules; until then messages are staged through the host"
+    return Finding(subject="network", name="GPUDirect RDMA", fact=fact, status="note", remedy=remedy)

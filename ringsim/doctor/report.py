@@ -24,12 +24,16 @@ MOST_ALIKE: Final = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """All lines, the hosts, and what ringsim would use. `ready`: every rank has a GPU, and the GPU backend can be tried."""
+    """All lines, the hosts, what ringsim would use, and how many ranks have the processors of rank 0.
+
+    `ready`: every rank has a GPU, and the GPU backend can be tried.
+    """
 
     hosts: tuple[str, ...]
     world_size: int
     lines: tuple[Line, ...]
     choice: Choice
+    sharing: int
     ready: bool = False
 
     @property
@@ -95,5 +99,6 @@ def _add(table: Table, subject: str, lines: list[Line]) -> None:
         table.add_row(
             Text(subject if index == 0 else ""), status, Text(line.name if index == 0 else ""), Text(f"{where}{line.fact}{more}")
         )
-        if line.remedy:
+        alike = index + 1 < len(shown) and shown[index + 1].remedy == line.remedy
+        if line.remedy and not alike:
             table.add_row("", "", "", Text(f"-> {line.remedy}", style="italic"))

@@ -40,8 +40,8 @@ def launched(system: System, transport: Transport, *, trouble: str = "") -> list
         fact = f"srun started {tasks} tasks, but they were told of no MPI: each is a world of one"
         remedy = "srun --mpi=pmix or --mpi=pmi2, as the library was built for (`srun --mpi=list` shows what there is)"
         return [Finding(subject="ranks", name="launched", fact=fact, status="wrong", remedy=remedy)]
-    if transport.name == "loopback":
-        fact = "one process, without a launcher: mpiexec -n P ringsim doctor shows more"
+    if transport.name == "loopback" and alone:
+        fact = "one process, without a launcher: `mpiexec -n P ringsim doctor` shows more"
         return [Finding(subject="ranks", name="launched", fact=fact)]
     hosts = Counter(transport.hosts)
     each = ", ".join(f"{number} on {count}" for count, number in Counter(hosts.values()).items())
@@ -83,6 +83,13 @@ def _apart(ranks: list[Examined]) -> list[Finding]:
     fact = "ranks of a host see different GPUs: CUDA IPC between them fails as a rule, in MPI too"
     remedy = "srun --gpu-bind=none, or --gpus-per-node=N in place of --gpus-per-task: ringsim picks by local rank"
     return [Finding(subject="ranks", name="GPUs apart", fact=fact, status="note", remedy=remedy)]
+
+
+def sharing(examined: Sequence[Examined], rank: int) -> int:
+    """How many ranks of its host may run on the processors of a rank, itself included."""
+    mine = examined[rank]
+    same = _detail(mine, "processors", "processors")
+    return sum(one.host == mine.host and _detail(one, "processors", "processors") == same for one in examined)
 
 
 def _detail(one: Examined, name: str, key: str) -> object | None:

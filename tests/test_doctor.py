@@ -227,6 +227,12 @@ def test_what_is_wrong_with_cuda(facts, name, status, said):
     assert (found.status, said in found.fact) == (status, True)
 
 
+def test_a_library_that_does_not_answer_is_asked_by_hand():
+    slow = alone(replace(LAPTOP, answers={"cuda_library": HUNG, "mpi_library": failed("", -11)}))
+    assert (the(slow, "CuPy").status, "--timeout 120" in the(slow, "CuPy").remedy) == ("note", True)
+    assert (the(slow, "mpi4py").status, "signal 11" in the(slow, "mpi4py").fact) == ("wrong", True)
+
+
 def test_the_extra_that_is_advised_fits_the_driver():
     for driver, extra in (("580.126.20", "gpu-cuda13"), ("550.54.15", "gpu-cuda12")):
         system = replace(dgx(driver=driver), answers={}, distributions={})

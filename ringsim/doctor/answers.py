@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from .system import Ran
+
+
+SILENT: Final = "no answer"
+"""The error of a program that failed, died or hung before it could say what it found."""
+
+
+def by_hand(module: str) -> str:
+    """What to do about one."""
+    return f"run `python -m ringsim.doctor.{module}` by hand, or give it longer: ringsim doctor --timeout 120"
 
 
 def read(ran: Ran) -> dict[str, Any]:
     """The facts; ``error`` and ``text`` where the program failed, died, hung, or wrote something else."""
     lines = ran.stdout.strip().splitlines()
     if not ran.good:
-        return {"error": "no answer", "text": ran.said}
+        return {"error": SILENT, "text": ran.said}
     try:
         facts = json.loads(lines[-1])
     except (IndexError, ValueError):
         facts = None
     if not isinstance(facts, dict):
-        return {"error": "no answer", "text": f"its last line is no JSON object: {ran.stdout[-80:]!r}"}
+        return {"error": SILENT, "text": f"its last line is no JSON object: {ran.stdout[-80:]!r}"}
     return facts
 
 

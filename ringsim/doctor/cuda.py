@@ -44,6 +44,10 @@ def _absent(facts: dict[str, Any], packages: list[str], seen: gpu.Seen) -> Findi
         status: Status = "note" if seen.gpus else "ok"
         remedy = f"for --backend cupy: {extra(seen)}" if seen.gpus else ""
         return Finding(subject="cuda", name="CuPy", fact="not installed", status=status, remedy=remedy, differing="note")
+    if facts["error"] == answers.SILENT:
+        needed: Status = "wrong" if seen.gpus or seen.fault else "note"
+        fact = f"importing and asking it came to nothing: {answers.text(facts, 'text')}"
+        return Finding(subject="cuda", name="CuPy", fact=fact, status=needed, remedy=answers.by_hand("cuda_library"))
     fact = f"{', '.join(packages)} does not load: {facts['error']}: {answers.text(facts, 'text')}"
     return Finding(subject="cuda", name="CuPy", fact=fact, status="wrong", remedy=f"install it anew: {extra(seen)}")
 

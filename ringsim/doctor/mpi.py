@@ -35,6 +35,9 @@ def _absent(system: System, facts: dict[str, Any]) -> Finding:
         fact = "mpi4py is not installed: ringsim runs as one process, and simulates"
         launched = flavours.of_environment(system.environment) is not None
         return Finding(subject="mpi", name="mpi4py", fact=fact, status="wrong" if launched else "note", remedy=INSTALL)
+    if facts["error"] == answers.SILENT:
+        fact = f"importing it came to nothing: {answers.text(facts, 'text')}"
+        return Finding(subject="mpi", name="mpi4py", fact=fact, status="wrong", remedy=answers.by_hand("mpi_library"))
     fact = f"mpi4py {system.packages().get('mpi4py', '')} does not load: {facts['error']}: {answers.text(facts, 'text')}"
     return Finding(subject="mpi", name="mpi4py", fact=fact, status="wrong", remedy=LOADS)
 

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from .system import Ran
 
-
 SILENT: Final = "no answer"
 """The error of a program that failed, died or hung before it could say what it found."""
 

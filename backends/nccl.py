@@ -145,7 +145,8 @@ class Nccl:
 
     def __init__(self, host: Transport, calls: Calls, nccl: Any, pairs: Iterable[Pair] | None = None) -> None:
         self._host = host
-        self.library = f"NCCL {nccl.get_version()}"
+        version = nccl.get_version()
+        self.library = f"NCCL {version // 10000}.{version // 100 % 100}.{version % 100}"
         chosen = tuple(all_pairs(host.world_size) if pairs is None else dict.fromkeys(pairs))
         mine = {pair: nccl.get_unique_id() for pair in chosen if pair[0] == host.rank}
         said = host.allgather((chosen, mine))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -64,43 +63,49 @@ def pattern(rank: int, nbytes: int) -> Bytes:
 
 
 def prove(transport: Transport, calls: Calls, *, timeout_s: float = TIMEOUT_S) -> Proof | str:
-    """Send patterns to the next rank and back. Returns what was proven, or what went wrong; the same on all ranks, collective."""
-    fault = _attempt(lambda: _rounds(transport, calls, timeout_s))
-    faults = transport.allgather(fault)
-    found = next((f"rank {rank}: {said}" for rank, said in enumerate(faults) if said is not None), None)
-    return Proof(tuple(nbytes for nbytes, _ in TRIALS), transport.world_size) if found is None else found
+    """Send patterns to the next rank and back. Returns what was proven, or what went wrong; the same on all ranks, collective.
+
+    After a fault messages may still be on their way: the transport's `failure` says so, and no run may follow on it.
+    """
+    faults = transport.allgather(_fault(transport, calls, timeout_s))
+    said = [(late, f"rank {rank}: {text}") for rank, (late, text) in enumerate(faults) if text is not None]
+    if not said:
+        return Proof(tuple(nbytes for nbytes, _ in TRIALS), transport.world_size)
+    # a rank that waited in vain waited for one that has more to say, if any has
+    found = min(said)[1]
+    transport.failure = transport.failure or found
+    return found
 
 
-def _attempt(step: Callable[[], str | None]) -> str | None:
+def _fault(transport: Transport, calls: Calls, timeout_s: float) -> tuple[bool, str | None]:
+    """What went wrong here, and whether it is that others did not come."""
     try:
-        return step()
+        return False, _rounds(transport, calls, timeout_s)
     except Exception as error:  # noqa: BLE001 - whatever it is, every rank is told
-        return f"{type(error).__name__}: {error}"
+        return isinstance(error, PeerTimeout), f"{type(error).__name__}: {error}"
 
 
 def _rounds(transport: Transport, calls: Calls, timeout_s: float) -> str | None:
-    stream = calls.stream()
+    """The first fault; after it the rounds go on, for the neighbours wait for theirs."""
+    stream, faults = calls.stream(), []
     for nbytes, offset in TRIALS:
         bench = _Bench(calls, stream, nbytes, offset)
         _ABANDONED.append(bench)
-        fault = _round(transport, bench, timeout_s)
-        if fault is not None:
-            return fault
+        faults += _round(transport, bench, timeout_s)
         _ABANDONED.remove(bench)
-    return None
+    return next(iter(faults), None)
 
 
-def _round(transport: Transport, bench: _Bench, timeout_s: float) -> str | None:
-    rank, size = transport.rank, transport.world_size
+def _round(transport: Transport, bench: _Bench, timeout_s: float) -> list[str]:
+    rank, size, nbytes = transport.rank, transport.world_size, bench.nbytes
     ahead, behind = (rank + 1) % size, (rank - 1) % size
-    bench.fill(pattern(rank, bench.nbytes))
+    bench.fill(pattern(rank, nbytes))
     _exchange(transport, (bench.mine, ahead), (bench.theirs, behind), timeout_s)
-    if fault := _difference(bench.read(bench.theirs), pattern(behind, bench.nbytes)):
-        return f"of {bench.nbytes} B from rank {behind}, {fault}"
+    there = _difference(bench.read(bench.theirs), pattern(behind, nbytes))
     _exchange(transport, (bench.theirs, behind), (bench.returned, ahead), timeout_s)
-    if fault := _difference(bench.read(bench.returned), pattern(rank, bench.nbytes)):
-        return f"of {bench.nbytes} B that went to rank {ahead} and back, {fault}"
-    return None
+    back = _difference(bench.read(bench.returned), pattern(rank, nbytes))
+    ways = (f"from rank {behind}", there), (f"that went to rank {ahead} and back", back)
+    return [f"of {nbytes} B {way}, {fault}" for way, fault in ways if fault is not None]
 
 
 def _exchange(transport: Transport, out: tuple[DeviceArray, int], into: tuple[DeviceArray, int], timeout_s: float) -> None:

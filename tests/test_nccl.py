@@ -184,7 +184,7 @@ def test_a_missing_library_is_named():
 def test_what_it_says_of_itself():
     _, _, _, movers = nccl(2)
     assert (movers[0].progress, movers[0].drives, movers[0].device_share) == ("handshake", "both", None)
-    assert movers[0].library == "NCCL 22703"
+    assert movers[0].library == "NCCL 2.27.3"
 
 
 def test_a_ring_of_five_does_not_get_stuck():

@@ -135,23 +135,44 @@ def build(text, options, made):
         Path(f"{built}.so").rename(made)
 
 
+class Immediate:
+    """The `launch` of `Calls`, done at once."""
+
+    def __init__(self, seed=0):
+        self.emulator = Emulator(seed)
+
+    def launch(self, kernel, shape, arguments, stream):
+        self.emulator.launch(kernel, shape, arguments)
+
+
 class Canaries:
-    """Arrays in memory of their own, with bytes around each that `check` finds unchanged."""
+    """Arrays in memory of their own, with bytes around and between their elements that `check` finds unchanged."""
 
     def __init__(self):
-        self._blocks = []
+        self._made = []
 
-    def array(self, shape, dtype, *, offset=0, axes=None, fill=0xFF):
-        """An array, `offset` bytes beyond a multiple of 256, whose axes lie in memory in the order `axes`, all `fill`."""
+    def array(self, shape, dtype, *, offset=0, axes=None, pad=0, fill=0xFF):
+        """An array, `offset` bytes beyond a multiple of 256, all `fill`.
+
+        Its axes lie in memory in the order `axes`, each with `pad` elements more than it shows.
+        """
         dtype = np.dtype(dtype)
         axes = tuple(range(len(shape))) if axes is None else axes
-        nbytes = int(np.prod(shape)) * dtype.itemsize
+        whole = [shape[axis] + pad for axis in axes]
+        nbytes = int(np.prod(whole)) * dtype.itemsize
         block = np.full(nbytes + 2 * CANARY_NBYTES + 512, CANARY, np.uint8)
         begin = CANARY_NBYTES + -(block.ctypes.data + CANARY_NBYTES) % 256 + offset
-        block[begin : begin + nbytes] = fill
-        self._blocks.append((block, begin, nbytes))
-        flat = block[begin : begin + nbytes].view(dtype)
-        return flat.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
+
+        def shown(flat):
+            return flat.reshape(whole)[tuple(slice(shape[axis]) for axis in axes)].transpose(np.argsort(axes))
+
+        made = shown(block[begin : begin + nbytes].view(dtype))
+        outside = np.ones(block.size, bool)
+        elements = shown(np.arange(int(np.prod(whole)))).reshape(-1, 1)
+        outside[begin + elements * dtype.itemsize + np.arange(dtype.itemsize)] = False
+        block[~outside] = fill
+        self._made.append((block, outside))
+        return made
 
     def holding(self, values, **layout):
         """An array with these values."""
@@ -161,6 +182,5 @@ class Canaries:
         return made
 
     def check(self):
-        for block, begin, nbytes in self._blocks:
-            assert (block[:begin] == CANARY).all(), "written before an array"
-            assert (block[begin + nbytes :] == CANARY).all(), "written beyond an array"
+        for block, outside in self._made:
+            assert (block[outside] == CANARY).all(), "written beside an array's elements"

@@ -103,7 +103,20 @@ def test_canaries():
     canaries.check()
     source = f"{KERNEL}(half_t* made, int at) {{ made[at] = {{1}}; }}"
     play(source, Launch((1, 1, 1), (1, 1, 1)), made, np.int32(12))
-    with pytest.raises(AssertionError, match="beyond"):
+    with pytest.raises(AssertionError, match="beside"):
+        canaries.check()
+
+
+def test_canaries_between_elements():
+    canaries = Canaries()
+    made = canaries.holding(np.arange(12.0).reshape(3, 4), pad=1)
+    assert made.strides == (40, 8)
+    canaries.check()
+    source = f"{KERNEL}(double* made, int at) {{ made[at] = 1; }}"
+    play(source, ONE_WARP, made, np.int32(5))
+    canaries.check()
+    play(source, ONE_WARP, made, np.int32(4))
+    with pytest.raises(AssertionError, match="beside"):
         canaries.check()
 
 

@@ -1,6 +1,5 @@
 // CUDA's names, for kernels compiled by g++: tests/emulator.py puts this before a source and launch.h after it.
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include "warps.h"
 
@@ -79,8 +78,8 @@ static inline float __fdividef(float a, float b) { return a / b; }
 #define __expf(value) expf(value)  // glibc has these names for itself
 #define __logf(value) logf(value)
 #define __exp2f(value) exp2f(value)
-using std::max;
-using std::min;
+template <class T> T max(T a, T b) { return a < b ? b : a; }
+template <class T> T min(T a, T b) { return b < a ? b : a; }
 namespace on_cpu {
 static inline unsigned char* dynamic_shared();  // in launch.h
 }

@@ -1,10 +1,9 @@
 // Launching a kernel of the source above: its arguments' sizes, its blocks one after another, what went wrong.
 #pragma once
-#include <mutex>
-#include <random>
+#include <cstdlib>
+#include <pthread.h>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace on_cpu {
 
@@ -12,8 +11,30 @@ struct Order {
     unsigned grid[3], block[3], shared_nbytes, seed;
 };
 
-static std::mutex one_launch;
+static pthread_mutex_t one_launch = PTHREAD_MUTEX_INITIALIZER;
 static unsigned char* shared_memory;
+
+struct Locked {
+    Locked() { pthread_mutex_lock(&one_launch); }
+    ~Locked() { pthread_mutex_unlock(&one_launch); }
+};
+
+// memory that is freed with its name
+template <class T> struct Held {
+    T* data;
+    explicit Held(std::size_t count) : data(static_cast<T*>(std::malloc(count * sizeof(T)))) {}
+    ~Held() { std::free(data); }
+};
+
+// The numbers below `count`, mixed where there is a seed.
+static void draw(unsigned* to, unsigned count, unsigned seed, std::uint64_t& state) {
+    for (unsigned i = 0; i < count; ++i) to[i] = i;
+    if (!seed) return;
+    for (unsigned i = count; i > 1; --i) {
+        state = state * 6364136223846793005ull + 1442695040888963407ull;  // Knuth's MMIX
+        std::swap(to[i - 1], to[(state >> 33) % i]);
+    }
+}
 
 static inline unsigned char* dynamic_shared() { return shared_memory; }
 
@@ -51,7 +72,7 @@ static void number_threads(const Order& order) {
 
 // Empty if all went well, else what did not. With a seed that is not 0, blocks and threads run in an order drawn by it.
 template <class... A> const char* launch(void (*kernel)(A...), void** arguments, const Order& order) {
-    const std::lock_guard<std::mutex> guard(one_launch);
+    const Locked locked;
     constexpr unsigned canary = 256;
     failure[0] = 0;
     grid_dim = {order.grid[0], order.grid[1], order.grid[2]};
@@ -63,22 +84,23 @@ template <class... A> const char* launch(void (*kernel)(A...), void** arguments,
         if (made == MAP_FAILED) return "no memory for stacks";
         stacks = static_cast<char*>(made);
     }
-    std::vector<unsigned char> shared(order.shared_nbytes + 2 * canary);
-    shared_memory = shared.data() + (-reinterpret_cast<std::uintptr_t>(shared.data()) & 127);
+    const Held<unsigned char> shared(order.shared_nbytes + 2 * canary);
+    unsigned char* const shared_end = shared.data + order.shared_nbytes + 2 * canary;
+    shared_memory = shared.data + (-reinterpret_cast<std::uintptr_t>(shared.data) & 127);
     Call<A...> call{kernel, arguments};
     entry = Call<A...>::enter;
     entry_argument = &call;
-    std::mt19937 random(order.seed);
-    std::vector<unsigned> turns(thread_count), blocks(order.grid[0] * order.grid[1] * order.grid[2]);
-    for (unsigned i = 0; i < turns.size(); ++i) turns[i] = i;
-    for (unsigned i = 0; i < blocks.size(); ++i) blocks[i] = i;
-    if (order.seed) std::shuffle(blocks.begin(), blocks.end(), random);
-    for (const unsigned block : blocks) {
+    const unsigned block_count = order.grid[0] * order.grid[1] * order.grid[2];
+    const Held<unsigned> turns(thread_count), blocks(block_count);
+    std::uint64_t state = order.seed;
+    draw(blocks.data, block_count, order.seed, state);
+    for (unsigned i = 0; i < block_count; ++i) {
+        const unsigned block = blocks.data[i];
         block_index = {block % grid_dim.x, block / grid_dim.x % grid_dim.y, block / grid_dim.x / grid_dim.y};
-        if (order.seed) std::shuffle(turns.begin(), turns.end(), random);
-        std::memset(shared.data(), 0xff, shared.size());
-        if (!run_block(turns.data())) return failure;
-        for (const unsigned char* at = shared_memory + order.shared_nbytes; at < shared.data() + shared.size(); ++at)
+        draw(turns.data, thread_count, order.seed, state);
+        std::memset(shared.data, 0xff, shared_end - shared.data);
+        if (!run_block(turns.data)) return failure;
+        for (const unsigned char* at = shared_memory + order.shared_nbytes; at < shared_end; ++at)
             if (*at != 0xff) return "a thread wrote beyond the block's dynamic shared memory";
     }
     return "";

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ringsim.backends.cuda import Calls, DeviceArray, Kernel, Launch, Stream
 from ringsim.backends.cuda_strides import Place, Record, aligned, dense, elements, place_of, record
@@ -101,6 +101,14 @@ class OwnTiles:
         if min(widths) < 1:
             return f"head_dim {widths[0]} and v_head_dim {widths[1]} must be 1 or more"
         return None
+
+    def unfit(self, arrays: Sequence[DeviceArray], band: Band | None) -> str | None:
+        """None: rows, strides and addresses are free."""
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """Nothing: the kernels are this version's."""
+        return {}
 
     def attend(self, operands: Forward, band: Band | None, scale: float, stream: Stream) -> None:
         """Queue one tile forward. Raises ArrayError for operands that no kernel can read."""

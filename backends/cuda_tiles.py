@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ringsim.backends.cuda import DeviceArray, Stream
@@ -55,6 +56,12 @@ class Tiles(Protocol):
 
     def refuses(self, dtype: str, widths: tuple[int, int], band: Band | None, *, backward: bool) -> str | None:
         """Why it cannot compute such tiles (`widths`: head_dim, v_head_dim), or None if it can."""
+
+    def unfit(self, arrays: Sequence[DeviceArray], band: Band | None) -> str | None:
+        """Why it cannot compute this tile of a kind that it does not refuse, or None: for its rows, strides or addresses.
+
+        `arrays` are q, k, v and, backward, dout.
+        """
 
     def attend(self, operands: Forward, band: Band | None, scale: float, stream: Stream) -> None:
         """Queue one tile forward."""

@@ -13,7 +13,7 @@ from ringsim.backends.cuda import Calls, DeviceArray, Stream
 from ringsim.backends.cuda_order import Mark, Order
 from ringsim.backends.cuda_pending import Partials
 from ringsim.backends.cuda_state import Partial, State, StateKernels
-from ringsim.backends.cuda_tiles import Backward, Band, Forward, Part, Tiles, parts_of
+from ringsim.backends.cuda_tiles import Backward, Band, Forward, Tiles, parts_of
 from ringsim.dtypes import ITEMSIZE, numpy_dtype
 from ringsim.errors import ArrayError, DeviceError
 from ringsim.footprint import Footprint, weigh
@@ -43,7 +43,7 @@ class CupyBackend:
         self._kernels = StateKernels(calls)
         self._partials = Partials(calls, self._kernels, self.stream)
         self._order = Order(calls, self.stream)
-        self._chosen: dict[Any, Tiles] = {}
+        self._able: dict[Any, list[tuple[Tiles, str | None]]] = {}
         self._launches = 0
 
     @property
@@ -149,19 +149,13 @@ class CupyBackend:
         places = places_of(op)
         pending = self._partials.ledger.of(places, State(*(fetch(place) for place in places)))
         for tile, part in parts_of(op.tiles):
-            fused = self._fused(q, v, part, backward=False)
             for heads, kv_heads in head_ranges(tile, q.shape[2] // k.shape[2]):
-                (b, e), (begin, end) = tile.batch, part.q_rows
-                shape = (e - b, end - begin, heads[1] - heads[0], v.shape[3])
+                mine = _rows(q, tile, part.q_rows, heads)
+                keys, values = (_rows(one, tile, part.k_rows, kv_heads) for one in (k, v))
+                fused = self._fused((mine, keys, values), part.band)
+                shape = (*mine.shape[:3], v.shape[3])
                 out, lse = self._partials.room(pending, shape, fused.partial(q.dtype.name))
-                operands = Forward(
-                    _rows(q, tile, part.q_rows, heads),
-                    _rows(k, tile, part.k_rows, kv_heads),
-                    _rows(v, tile, part.k_rows, kv_heads),
-                    out,
-                    lse,
-                )
-                fused.attend(operands, part.band, scale, self.stream)
+                fused.attend(Forward(mine, keys, values, out, lse), part.band, scale, self.stream)
                 pending.partials.append(Partial(tile.batch, heads, part.q_rows, out, lse))
                 self._launches += 1
 
@@ -209,14 +203,14 @@ class CupyBackend:
         q, k, v, dout, lse, delta = (fetch(region) for region in op.reads[:6])
         sums = [fetch(region).transpose(TRANSPOSED) for region in op.writes]
         for tile, part in parts_of(op.tiles):
-            fused = self._fused(q, v, part, backward=True)
             for heads, kv_heads in head_ranges(tile, q.shape[2] // k.shape[2]):
                 of = (part.q_rows, heads), (part.k_rows, kv_heads), (part.k_rows, kv_heads)
-                mine, keys, values = (_rows(one, tile, *where) for one, where in zip((q, k, v), of, strict=True))
+                mine = [_rows(one, tile, *where) for one, where in zip((q, k, v), of, strict=True)]
+                per_query = _rows(dout, tile, part.q_rows, heads)
                 per_row = [one[slice(*tile.batch), slice(*heads), slice(*part.q_rows)] for one in (lse, delta)]
-                made, pieces = self._gradients((mine, keys, values), fused.partial(q.dtype.name))
-                operands = Backward(mine, keys, values, _rows(dout, tile, part.q_rows, heads), *per_row, *made)
-                fused.attend_backward(operands, part.band, scale, self.stream)
+                fused = self._fused((*mine, per_query), part.band)
+                made, pieces = self._gradients(mine, fused.partial(q.dtype.name))
+                fused.attend_backward(Backward(*mine, per_query, *per_row, *made), part.band, scale, self.stream)
                 for total, where, added in zip(sums, of, made, strict=True):
                     self._kernels.accumulate(_rows(total, tile, *where), added, self.stream)
                 self._launches += 1
@@ -232,17 +226,16 @@ class CupyBackend:
         ]
         return made, pieces
 
-    def _fused(self, q: DeviceArray, v: DeviceArray, part: Part, *, backward: bool) -> Tiles:
-        """The first of the fused kernels that computes such a tile."""
-        key = (q.dtype.name, q.shape[3], v.shape[3], part.band, backward)
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(q.dtype.name, (q.shape[3], v.shape[3]), part.band, backward=backward)
-        return self._chosen[key]
-
-    def _choose(self, dtype: str, widths: tuple[int, int], band: Band | None, *, backward: bool) -> Tiles:
+    def _fused(self, arrays: Sequence[DeviceArray], band: Band | None) -> Tiles:
+        """The first of the fused kernels that computes such a tile; `arrays`: q, k, v and, backward, dout. Raises DeviceError."""
+        q, _, v = arrays[:3]
+        dtype, widths, backward = q.dtype.name, (q.shape[3], v.shape[3]), len(arrays) > 3
+        key = (dtype, widths, band, backward)
+        if key not in self._able:
+            self._able[key] = [(one, one.refuses(dtype, widths, band, backward=backward)) for one in self.tiles]
         refused = []
-        for fused in self.tiles:
-            reason = fused.refuses(dtype, widths, band, backward=backward)
+        for fused, refusal in self._able[key]:
+            reason = refusal or fused.unfit(arrays, band)
             if reason is None:
                 return fused
             refused.append(f"{fused.name}: {reason}")

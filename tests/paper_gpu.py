@@ -48,9 +48,14 @@ class Event:
         return self.finished >= self.turn
 
 
+SPEEDS = (1, 30, 1000)
+"""How much likelier than others a stream comes to its turn: some race ahead, some lag behind, as the seed has it."""
+
+
 class Stream:
-    def __init__(self, number):
+    def __init__(self, number, speed):
         self.number = number
+        self.speed = speed
         self.queue = deque()
 
 
@@ -110,7 +115,7 @@ class PaperGpu:
     # streams and events
 
     def stream(self):
-        made = Stream(len(self.streams))
+        made = Stream(len(self.streams), self.rng.choice(SPEEDS))
         self.streams.append(made)
         return made
 
@@ -181,7 +186,7 @@ class PaperGpu:
         ready = self._ready()
         if not ready:
             return False
-        kind, what, turn = self.rng.choice(ready).queue.popleft()
+        kind, what, turn = self.rng.choices(ready, [stream.speed for stream in ready])[0].queue.popleft()
         if kind == "record":
             what.finished, what.at_s = turn, time.perf_counter()
         elif kind == "run":

@@ -116,7 +116,7 @@ def test_one_leaf_as_all_three() -> None:
 def test_checkpoint_computes_again(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, calls = plan_of(), []
     called = ringsim.RingAttention.with_lse
-    monkeypatch.setattr(ringsim.RingAttention, "with_lse", lambda *args: calls.append(1) or called(*args))
+    monkeypatch.setattr(ringsim.RingAttention, "with_lse", lambda *args, **options: calls.append(1) or called(*args, **options))
     once, twice = inputs_of(plan), inputs_of(plan)
     attention(plan, *once).sin().sum().backward()
     assert len(calls) == 1
@@ -139,8 +139,8 @@ def test_arrays_cross_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, crossed = plan_of("bfloat16"), []
     called = ringsim.RingAttention.with_lse
 
-    def spied(self: Any, *given: Any) -> Any:
-        made = called(self, *given)
+    def spied(self: Any, *given: Any, **options: Any) -> Any:
+        made = called(self, *given, **options)
         crossed.extend([[x.data_ptr() for x in given], made[0].__array_interface__["data"][0]])
         return made
 

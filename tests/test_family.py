@@ -158,7 +158,10 @@ class Problem:
             (work.batch, work.kv_len, work.kv_heads, work.head_dim),
             (work.batch, work.kv_len, work.kv_heads, work.v_head_dim),
         )
-        arrays = tuple(rng.standard_normal(shape).astype(numpy_dtype(work.dtype)) for shape in shapes)
+        return cls.of_arrays(work, tuple(rng.standard_normal(shape).astype(numpy_dtype(work.dtype)) for shape in shapes))
+
+    @classmethod
+    def of_arrays(cls, work, arrays):
         out, lse = dense_attention(work, *arrays)
         once = dense_attention(work, *arrays, dtype="float32")[0].astype(arrays[0].dtype)
         return cls(arrays, out, lse, largest(once.astype(np.float64) - out))

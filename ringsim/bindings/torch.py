@@ -24,10 +24,11 @@ def attention(plan: RingAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     """Attention of the local shards under `plan`, in the autograd graph: this rank's rows of the output, a new tensor.
 
     q is (batch, local seq, heads, head_dim), k and v have kv_heads, and v and what is returned v_head_dim; all without the batch
-    if the workload has one sequence. CPU tensors in the dtype of the workload, with any strides. The call is collective, and so
-    is its backward: on every rank the same calls need gradients, and all ranks go back through them. One plan serves any number
-    of layers, since a call keeps what its backward needs (q, k, v, out and lse) in the graph and not in the plan. Works under
-    torch.utils.checkpoint, which calls again; under torch.compile call ``torch.compiler.disable(attention)``.
+    if the workload has one sequence. Tensors in the dtype of the workload where the plan's backend computes: on the CPU with any
+    strides, on its CUDA device on torch's current stream. The call is collective, and so is its backward: on every rank the same
+    calls need gradients, and all ranks go back through them. One plan serves any number of layers, since a call keeps what its
+    backward needs (q, k, v, out and lse) in the graph and not in the plan. Works under torch.utils.checkpoint, which calls again;
+    under torch.compile call ``torch.compiler.disable(attention)``.
     Raises ArrayError for what is no dense tensor, WorkloadError for a second derivative, forward mode and vmap, and what a call
     of the plan raises, at once or out of ``backward``: a tensor that does not fit or lies on a device is a RankMismatch on every
     rank. FlashAttention-2, arXiv 2307.08691, algorithm 2.
@@ -44,7 +45,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: RingAttention, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made = plan.with_lse(*(tensor.detach() for tensor in inputs))
+        made = plan.with_lse(*(tensor.detach() for tensor in inputs), stream=_stream(inputs[0]))
         # the graph keeps what this call needs, for as long as it needs it
         plan.saved = None
         return tuple(_tensor(array) for array in made)
@@ -81,7 +82,8 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(plan: RingAttention, call: int, dout: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arrays: list[Any] = [tensor.detach() for tensor in saved]
-        return tuple(_tensor(array) for array in plan.backward(dout.detach(), Saved(*arrays).of_call(call)))
+        made = plan.backward(dout.detach(), Saved(*arrays).of_call(call), stream=_stream(dout))
+        return tuple(_tensor(array) for array in made)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -94,8 +96,14 @@ class _Gradients(torch.autograd.Function):
     vmap = _Attention.vmap
 
 
+def _stream(tensor: torch.Tensor) -> Any:
+    """The stream that a tensor's work is queued on; None on the CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
 def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
-    """The array as a tensor that shares its memory; torch takes no bfloat16 from NumPy, so it crosses as 16-bit integers."""
+    """The array as a tensor that shares its memory; not every bfloat16 is taken by torch, so it crosses as 16-bit integers."""
+    take = torch.from_numpy if isinstance(array, np.ndarray) else torch.from_dlpack
     if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return take(array.view(np.int16)).view(torch.bfloat16)
+    return take(array)

@@ -133,7 +133,7 @@ HINTS: Final = (
         "set MPICH_GPU_SUPPORT_ENABLED=1, with the GTL library linked or preloaded (module craype-accel-nvidia90 or the like)",
     ),
     Hint("Intel(R) MPI", "I_MPI_OFFLOAD", lambda value: value in (None, *OFF), "set I_MPI_OFFLOAD=1"),
-    Hint("Intel(R) MPI", "I_MPI_OFFLOAD_RUNTIME", lambda value: value != "cuda", "set I_MPI_OFFLOAD_RUNTIME=cuda"),
+    Hint("Intel(R) MPI", "I_MPI_OFFLOAD_MODE", lambda value: value not in (None, "auto", "cuda"), "set I_MPI_OFFLOAD_MODE=cuda"),
     Hint("MVAPICH2", "MV2_USE_CUDA", lambda value: value != "1", "set MV2_USE_CUDA=1"),
     Hint("MPICH", "MPIR_CVAR_ENABLE_GPU", lambda value: value in OFF, "unset MPIR_CVAR_ENABLE_GPU"),
     Hint("Open MPI", "OMPI_MCA_opal_cuda_support", lambda value: value in OFF, "unset OMPI_MCA_opal_cuda_support"),

@@ -11,7 +11,8 @@ from ringsim.transport import Transport
 def device_of(control: Transport) -> int:
     """This rank's device among those that it sees: by its number on its host, round and round where there are more ranks.
 
-    A launcher that shows each rank a GPU of its own (Slurm's --gpus-per-task) leaves nothing to choose: then it is number 0.
+    A launcher that shows each rank one GPU alone (Slurm's --gpus-per-task) leaves nothing to choose: it is number 0. But then no
+    rank can open another's memory: CUDA IPC, and what MPI makes of it, does not work (docs/clusters.md).
     Raises MissingDependency, DeviceError.
     """
     count = int(load().cuda.runtime.getDeviceCount())

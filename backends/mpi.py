@@ -26,7 +26,8 @@ def load() -> Any:
     """The module mpi4py.MPI; importing it initialises MPI. Raises MissingDependency."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
+        # a RuntimeError says that mpi4py is here and finds no MPI library
         remedy = "pip install 'ringsim[mpi]' beside your own MPI, or 'ringsim[mpich]' to bring one"
         raise MissingDependency(f"mpi4py cannot be imported ({error}): {remedy}") from error
     return MPI

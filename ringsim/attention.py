@@ -9,15 +9,16 @@ from typing import Any, Final, NamedTuple, Self
 import numpy.typing as npt
 
 from . import agreement
-from .arrays import as_inputs, check_apart, share_memory, writable
+from .arrays import as_inputs, check_apart, on_device, share_memory, writable
 from .communicators import closing, transport_of
 from .engine import Engine, engine_of
 from .errors import ArrayError, WorkloadError
 from .execution import Backend, Rank, clock
 from .footprint import Footprint
 from .mask import Mask
-from .schedule import Schedule
+from .schedule import Schedule, Send
 from .schedule.job import GIVEN
+from .schedule.registry import find
 from .tile import IntArray
 from .timeline import Timeline, gather
 from .workload import Workload
@@ -88,7 +89,13 @@ class RingAttention:
             return Schedule(workload=workload, world_size=world_size, partition=partition, strategy=strategy, sync=sync)
 
         self.schedule = agreement.same_plan(control, build, check=check)
-        self.engine: Engine = engine or engine_of(control, backend=backend, transport=transport, threads=threads)
+        self.engine: Engine = engine or engine_of(
+            control,
+            backend=backend,
+            transport=transport,
+            threads=threads,
+            peers=lambda: _peers(self.schedule, control.rank),
+        )
         """What runs the plan: its backend and transport, and why these."""
         self._transport, self._backend = self.engine.transport, self.engine.backend
         self._rank = self._last = Rank(self.schedule, self._transport, self._backend, timeout_s=timeout_s)
@@ -264,31 +271,35 @@ def ring_attention(
     sync: str = "free",
     out: Any = None,
     return_lse: bool = False,
+    backend: str | None = None,
+    transport: str = "auto",
+    stream: Any = None,
     threads: int | None = None,
     timeout_s: float = 300.0,
 ) -> Any:
     """Exact attention over a sequence that is split over the ranks of `comm`: local shards in, local shard out.
 
-    q is (batch, local seq, heads, head_dim), k and v (batch, local seq, kv_heads, head_dim or v_head_dim); each rank holds
-    the tokens that `partition` gives it (see `shard` and docs/partitions.md). A query sees the keys that all of `causal`,
-    `mask` (a mask of ringsim, or its text, such as ``"window(4K, 0)"``) and `cu_seqlens` let it see; these are the cumulative
-    lengths of documents packed into one sequence, over the tokens of all ranks: 0, ..., their number. Collective. Returns this
-    rank's rows of the output, and with `return_lse` also lse (batch, heads, local seq); for 3-D q, k and v (local tokens,
-    heads, head_dim), all without the batch. For repeated calls make a `RingAttention` plan.
-    Raises RankMismatch on every rank, before the first hop, if shapes, dtypes or options do not fit together.
-    Source: Ring Attention, arXiv 2310.01889; merge by log-sum-exp, FlashAttention-2, arXiv 2307.08691.
+    q is (batch, local seq, heads, head_dim), k and v (batch, local seq, kv_heads, head_dim or v_head_dim); each rank holds the
+    tokens that `partition` gives it (see `shard` and docs/partitions.md). A query sees the keys that all of `causal`, `mask` (a
+    mask of ringsim, or its text, such as ``"window(4K, 0)"``) and `cu_seqlens` let it see; these are the cumulative lengths of
+    documents packed into one sequence, over the tokens of all ranks: 0, ..., their number. Collective. Returns this rank's rows
+    of the output, and with `return_lse` also lse (batch, heads, local seq); for 3-D q, k and v (local tokens, heads, head_dim),
+    all without the batch. The arrays' memory decides the `backend`, if none is named: numpy on the host, cupy on a CUDA device,
+    with `transport` and `stream` as a plan has them. For repeated calls make a `RingAttention` plan. Raises RankMismatch on every
+    rank, before the first hop, if shapes, dtypes or options do not fit together. Source: Ring Attention, arXiv 2310.01889; merge
+    by log-sum-exp, FlashAttention-2, arXiv 2307.08691.
     """
-    transport = transport_of(comm, timeout_s)
-    with closing(transport, comm):
+    control = transport_of(comm, timeout_s)
+    with closing(control, comm):
         options = agreement.Options(
             partition=partition, softmax_scale=softmax_scale, strategy=strategy, sync=sync, return_lse=return_lse
         )
         visibility = agreement.Visibility(causal=causal, mask=mask, cu_seqlens=cu_seqlens)
-        workload = agreement.common_workload(transport, (q, k, v), options, visibility)
-        plan = RingAttention(
-            workload, comm=transport, partition=partition, strategy=strategy, sync=sync, threads=threads, timeout_s=timeout_s
-        )
-        result, lse = plan.with_lse(q, k, v, out=out)
+        engine = engine_of(control, backend=backend or _backend_for(q), transport=transport, threads=threads)
+        workload = agreement.common_workload(control, (q, k, v), options, visibility, engine.backend.view)
+        plan = RingAttention(workload, engine=engine, partition=partition, strategy=strategy, sync=sync, timeout_s=timeout_s)
+        result, lse = plan.with_lse(q, k, v, out=out, stream=stream)
+        engine.release()
     return (result, lse) if return_lse else result
 
 
@@ -308,30 +319,47 @@ def ring_attention_backward(  # noqa: PLR0917 - the operands of one formula, non
     softmax_scale: float | None = None,
     strategy: str = "ring",
     sync: str = "free",
+    backend: str | None = None,
+    transport: str = "auto",
+    stream: Any = None,
     threads: int | None = None,
     timeout_s: float = 300.0,
 ) -> tuple[Array, Array, Array]:
     """The gradients dq, dk and dv of `ring_attention`, of this rank's rows: local shards in, local shards out.
 
     `dout` is the gradient of `out`; out and lse are those that ``ring_attention(..., return_lse=True)`` returned for q, k and v
-    under the same options. Shapes as there; gradients are shaped as q, k and v, in their dtype. Collective. For repeated calls
-    make a `RingAttention` plan and call its `backward`. Raises RankMismatch on every rank, before the first hop, if shapes,
-    dtypes or options do not fit together. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
+    under the same options. Shapes, backend and stream as there; gradients are shaped as q, k and v, in their dtype. Collective.
+    For repeated calls make a `RingAttention` plan and call its `backward`. Raises RankMismatch on every rank, before the first
+    hop, if shapes, dtypes or options do not fit together. Source: FlashAttention-2, arXiv 2307.08691, algorithm 2.
     """
-    transport = transport_of(comm, timeout_s)
-    with closing(transport, comm):
+    control = transport_of(comm, timeout_s)
+    with closing(control, comm):
         options = agreement.Options(
             partition=partition, softmax_scale=softmax_scale, strategy=strategy, sync=sync, return_lse=True
         )
         visibility = agreement.Visibility(causal=causal, mask=mask, cu_seqlens=cu_seqlens)
-        workload = agreement.common_workload(transport, (q, k, v), options, visibility)
+        engine = engine_of(control, backend=backend or _backend_for(q), transport=transport, threads=threads)
+        workload = agreement.common_workload(control, (q, k, v), options, visibility, engine.backend.view)
         plan = RingAttention(
             replace(workload, pass_="backward"),
-            comm=transport,
+            engine=engine,
             partition=partition,
             strategy=strategy,
             sync=sync,
-            threads=threads,
             timeout_s=timeout_s,
         )
-        return plan.backward(dout, Saved(q, k, v, out, lse))
+        made = plan.backward(dout, Saved(q, k, v, out, lse), stream=stream)
+        engine.release()
+    return made
+
+
+def _backend_for(array: Any) -> str:
+    """Where an array lies decides what computes with it."""
+    return "cupy" if on_device(array) else "numpy"
+
+
+def _peers(schedule: Schedule, rank: int) -> set[int]:
+    """Whom a rank sends to in any pass that its strategy has."""
+    passes = ("forward", "both") if find(schedule.strategy).strategy.backward is not None else ("forward",)
+    programs = (replace(schedule, workload=replace(schedule.workload, pass_=one)).program(rank) for one in passes)
+    return {op.peer for program in programs for op in program if isinstance(op, Send)}

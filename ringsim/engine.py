@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,20 +30,30 @@ class Engine:
     said: str
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def close(self) -> None:
-        """Free what was made here and the communicator below; collective."""
+    def release(self) -> None:
+        """Free what moves messages between devices; collective."""
         if self.transport is not self.control:
             self.transport.close()
+
+    def close(self) -> None:
+        """The same, and free the communicator below; collective."""
+        self.release()
         close(self.control)
 
 
 def engine_of(
-    control: Transport, *, backend: str | Backend = "numpy", transport: str = "auto", threads: int | None = None
+    control: Transport,
+    *,
+    backend: str | Backend = "numpy",
+    transport: str = "auto",
+    threads: int | None = None,
+    peers: Callable[[], Iterable[int]] | None = None,
 ) -> Engine:
     """The engine on the ranks of `control`, which moves host memory; collective, chosen alike on all ranks.
 
-    A backend that was made before is taken as it is, with `control` to move its memory. Raises on every rank if any rank
-    cannot have it: MissingDependency or DeviceError there, RankMismatch elsewhere and where ranks ask for different ones.
+    `peers` gives the ranks that this one sends to, by default all: NCCL makes a communicator for each. A backend that was made
+    before is taken as it is, with `control` to move its memory. Raises on every rank if any rank cannot have it:
+    MissingDependency or DeviceError there, RankMismatch elsewhere and where ranks ask for different ones.
     """
     if not isinstance(backend, str):
         return Engine(backend=backend, transport=control, control=control, said=f"transport {control.name}: as given")
@@ -56,7 +66,7 @@ def engine_of(
         if transport not in ("auto", control.name):
             raise TransportError(f"transport {transport!r} moves device memory; backend 'numpy' has none: use auto or mpi")
         return _on_host(control, threads)
-    return _on_device(control, transport)
+    return _on_device(control, transport, peers)
 
 
 def _on_host(control: Transport, threads: int | None) -> Engine:
@@ -72,7 +82,7 @@ def _on_host(control: Transport, threads: int | None) -> Engine:
     )
 
 
-def _on_device(control: Transport, transport: str) -> Engine:
+def _on_device(control: Transport, transport: str, peers: Callable[[], Iterable[int]] | None) -> Engine:
     from ringsim.backends.cuda_devices import device_of, tiles_on
     from ringsim.backends.cupy import CupyBackend
     from ringsim.backends.cupy_calls import CupyCalls
@@ -87,7 +97,9 @@ def _on_device(control: Transport, transport: str) -> Engine:
     facts["ranks_on_device"] = uuids.count(facts["uuid"])
     if control.world_size == 1:
         return Engine(backend=made, transport=control, control=control, said="transport none: one rank", facts=facts)
-    chosen = choose(transport, control, calls, facts)
+    sent = control.allgather(range(control.world_size) if peers is None else sorted(set(peers())))
+    pairs = [(source, target) for source, targets in enumerate(sent) for target in targets if source != target]
+    chosen = choose(transport, control, calls, facts, pairs=pairs)
     most = max(uuids.count(uuid) for uuid in uuids)
     facts["transports_refused"] = {refused.name: refused.why for refused in chosen.tried}
     said = chosen.reason + (f"; up to {most} ranks share a GPU, and its time" if most > 1 else "")

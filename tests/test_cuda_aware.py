@@ -99,8 +99,9 @@ MPICH = "MPICH Version:      5.0.2"
     [
         (CRAY, {}, ["MPICH_GPU_SUPPORT_ENABLED"]),
         (CRAY, {"MPICH_GPU_SUPPORT_ENABLED": "1"}, []),
-        (INTEL, {}, ["I_MPI_OFFLOAD", "I_MPI_OFFLOAD_RUNTIME"]),
-        (INTEL, {"I_MPI_OFFLOAD": "1", "I_MPI_OFFLOAD_RUNTIME": "cuda"}, []),
+        (INTEL, {}, ["I_MPI_OFFLOAD"]),
+        (INTEL, {"I_MPI_OFFLOAD": "1", "I_MPI_OFFLOAD_MODE": "cuda"}, []),
+        (INTEL, {"I_MPI_OFFLOAD": "1", "I_MPI_OFFLOAD_MODE": "l0"}, ["I_MPI_OFFLOAD_MODE"]),
         (OPEN, {}, []),
         (OPEN, {"OMPI_MCA_opal_cuda_support": "0", "OMPI_MCA_accelerator": "null"}, ["OMPI_MCA_opal_cuda", "OMPI_MCA_acc"]),
         (MPICH, {}, []),

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import files
-from ..errors import CollectiveTimeout, PeerFailed, PeerTimeout, RingsimError
+from ..errors import CollectiveTimeout, PeerFailed, PeerTimeout, RankMismatch, RingsimError
 from ..timeline import Timeline
 from ..trace import trace_events
 from ..transport import Transport
@@ -41,10 +41,21 @@ def open_transport(timeout_s: float) -> Transport:
     if launched_rank() is None:
         from ringsim.backends.loopback import World
 
+        _check_step()
         return World(1).endpoint(0)
     from ringsim.backends.mpi import MpiTransport, load
 
     return MpiTransport(load().COMM_WORLD, timeout_s=timeout_s)
+
+
+def _check_step() -> None:
+    """Raise RankMismatch where srun started several tasks and told none of them of the others."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
+    if tasks.isdigit() and int(tasks) > 1:
+        raise RankMismatch(
+            f"srun started {tasks} tasks, but no MPI plugin joined them, so each is alone: srun --mpi=pmix (or pmi2, "
+            "cray_shasta; `srun --mpi=list` says which there are)"
+        )
 
 
 def leader() -> bool:

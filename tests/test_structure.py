@@ -18,7 +18,8 @@ FLOORS = [
     {"ledger", "inventory", "doctor"},
     {"report", "bindings"},
     {"trace", "comparison", "checking", "attention", "engine", "sharding", "drawing", "breakeven", "hops"},
-    {"agreement", "communicators", "calibration", "kernel_times", "device_times", "simulation", "execution", "importing"},
+    {"agreement", "communicators", "calibration", "kernel_times", "simulation", "execution", "importing"}
+    | {"device_bench", "device_times", "device_hops", "device_calibration", "device_topology"},
     {"capacity", "shares"},
     {"backends", "costs", "footprint", "scratch", "partials"},
     {"topology", "workload_file", "inputs", "reference", "transport", "arrays", "files"},

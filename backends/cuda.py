@@ -82,4 +82,7 @@ class Calls(Protocol):
         """Set each byte of a flat uint8 array."""
 
     def launch(self, kernel: Kernel, shape: Launch, arguments: Sequence[Any], stream: Stream) -> None:
-        """Queue a kernel. An array stands for the address of its first element, None for a null pointer; numbers are NumPy's."""
+        """Queue a kernel. An array stands for the address of its first element, None for a null pointer; numbers are NumPy's.
+
+        A NumPy array of shape () whose dtype has fields is a struct, passed by value.
+        """

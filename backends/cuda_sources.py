@@ -16,7 +16,7 @@ from ringsim.backends.cuda import Kernel
 from ringsim.errors import DeviceError, MissingDependency
 
 C_TYPES: Final = {"float64": "double", "float32": "float", "float16": "half_t", "bfloat16": "bf16_t"}
-MODULES: Final = ("cuda_state",)
+MODULES: Final = ("cuda_state", "cuda_attend")
 """The modules whose KERNELS are all that is ever launched."""
 _INCLUDE: Final = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
 _KERNEL: Final = re.compile(r'^extern "C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(', re.MULTILINE)

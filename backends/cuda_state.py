@@ -103,9 +103,9 @@ class StateKernels:
         cuDNN's backward takes `out` and forms delta from it; a schedule that carries delta in place of `out`, a width-th of the
         bytes, has none to give. A row has at most three entries that are not 0: delta / dout at the largest of |dout|, what
         rounding left at the second largest, and what that left at the smallest that is not below 2**-12 of the largest. Each
-        takes all but 2**-9 (bfloat16) or 2**-12 (float16) of what was left, or all but half its own least step (float16: 2**-25)
-        times that dout: with three elements of dout to use, |rowsum - delta| <= 2**-24 |delta| + 2**-25 min(|dout| used), the
-        second term for float16 alone. A row of zeros gives zeros. NaN where dout or delta is not finite, and where delta is
+        takes all but 2**-8 (bfloat16) or 2**-11 (float16) of what was left, or all but half its own least step (float16: 2**-25)
+        times that dout: with three elements of dout to use, |rowsum - delta| <= 1.001 * 2**-24 |delta| + 2**-25 min(|dout| used),
+        the second term for float16 alone. A row of zeros gives zeros. NaN where dout or delta is not finite, and where delta is
         beyond the two largest |dout| times the dtype's largest number.
         """
         if not target.size:

@@ -21,7 +21,7 @@ __device__ __forceinline__ void finish_rows(const Geometry& g, const Partials& p
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256) finish_partials(const __grid_constant__ Geometry g, const STATE* acc,
+extern "C" __global__ void __launch_bounds__(256, 3) finish_partials(const __grid_constant__ Geometry g, const STATE* acc,
                                                                   const STATE* row_max, const STATE* row_sum, RESULT* out,
                                                                   STATE* lse, RINGSIM_PARTIALS) {
     constexpr int lanes = 16 / static_cast<int>(sizeof(PARTIAL));

@@ -22,7 +22,7 @@ __device__ __forceinline__ void merge_rows(const Geometry& g, const Partials& pa
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256) merge_partials(const __grid_constant__ Geometry g, STATE* acc, STATE* row_max,
+extern "C" __global__ void __launch_bounds__(256, 3) merge_partials(const __grid_constant__ Geometry g, STATE* acc, STATE* row_max,
                                                                  STATE* row_sum, RINGSIM_PARTIALS) {
     constexpr int lanes = 16 / static_cast<int>(sizeof(PARTIAL));
     if (g.vectors) merge_rows<lanes>(g, RINGSIM_PARTIALS_GIVEN, acc, row_max, row_sum);

@@ -101,9 +101,9 @@ def _device(found: Findings, uuids: Sequence[str], kernels: Sequence[Kernel], so
     if any(uuid in found.speeds for uuid in uuids):
         entry["inside"] = WITHIN
         entry["speed"] = float(f"{median(found.speeds.get(uuid, 1.0) for uuid in uuids):.4g}")
-    if figures[0].matmul:
-        rates = {dtype: median(one.matmul[dtype] for one in figures) for dtype in figures[0].matmul}
-        entry["matmul"] = {dtype: _rate(rate, "TFLOP/s", 1e12) for dtype, rate in rates.items()}
+    known = [dtype for dtype in figures[0].matmul if all(dtype in one.matmul for one in figures)]
+    if known:
+        entry["matmul"] = {dtype: _rate(median(one.matmul[dtype] for one in figures), "TFLOP/s", 1e12) for dtype in known}
     said = f"{source}; the last points repeat the largest tile's"
     entry["attention"] = [_table(kernel, figures, index, said) for index, kernel in enumerate(kernels)]
     return entry

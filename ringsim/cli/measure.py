@@ -21,12 +21,7 @@ CHECK = click.option("--check", is_flag=True, help="Verify against dense attenti
 BACKEND = click.option(
     "--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True, help="What computes: CPU cores, or GPUs."
 )
-
-
-@click.command()
-@CHECK
-@BACKEND
-@click.option(
+MOVED_BY = click.option(
     "--transport",
     "moved_by",
     type=click.Choice(TRANSPORTS),
@@ -34,6 +29,12 @@ BACKEND = click.option(
     show_default=True,
     help="What moves messages between GPUs.",
 )
+
+
+@click.command()
+@CHECK
+@BACKEND
+@MOVED_BY
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each rank, of backend numpy.")
 @with_options(WORKLOAD, RUNS, OUTPUT)
 @click.pass_context

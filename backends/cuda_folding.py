@@ -93,7 +93,7 @@ def slots_of(extent: tuple[int, ...], partials: Sequence[Partial]) -> tuple[Slot
 
 def partial_dtype(partials: Sequence[Partial], dtype: str) -> str:
     """The dtype of the partials' outputs, `dtype` if there are none; their lse must be of `dtype`."""
-    outs = {partial.out.dtype.name for partial in partials} or {dtype}
+    outs: set[str] = {partial.out.dtype.name for partial in partials} or {dtype}
     lses = {partial.lse.dtype.name for partial in partials}
     if len(outs) > 1 or not lses <= {dtype}:
         raise ArrayError(

@@ -89,7 +89,8 @@ __device__ __forceinline__ bool add_dq(Sums& dq, const Operands& of, const Band&
                                      (rates[m][n][i] - deltas[m][i / 2]);
         if (!shared.seen.whole(column, COLUMNS)) {
             hide(scores, rates, shared.seen, column);
-            leaks = __syncthreads_or(tensor::finds_non_finite<COLUMNS, HEAD_DIM>(columns.far));
+            const bool found = tensor::finds_non_finite<COLUMNS, HEAD_DIM>(columns.far);
+            leaks = __syncthreads_or(found);
         }
         tensor::add_product<M_TILES, COLUMNS, HEAD_DIM>(dq, rates, columns.far);
     }
@@ -148,33 +149,34 @@ __device__ __forceinline__ void weigh(Scores& scores, Scores& rates, const Colum
         }
 }
 
-// as add_dq; `operands_of` has those of each of the `group` query heads that share the rows
-template <class HeadOf>
-__device__ __forceinline__ bool add_dkv(Sums& dk, ValueSums& dv, const HeadOf& operands_of, int group, const Band& band, const Place& at,
-                                        bool vectors, Shared& shared) {
-    const Operands first = operands_of(0);
-    shared.seen.find(band, at, first.far.count);
+// as add_dq, for the query heads that share the rows, of which `of` is the first
+__device__ __forceinline__ bool add_dkv(Sums& dk, ValueSums& dv, Operands of, const BackwardProblem& problem, const Place& at,
+                                        Shared& shared) {
+    const bool vectors = problem.vectors;
+    shared.seen.find(problem.band, at, of.far.count);
     __syncthreads();
     const int begin = shared.seen.begin[0], end = shared.seen.end[ROWS - 1];
     if (end <= begin) return true;
-    const float scale = first.scale * LOG2_E;
-    begin_copy(shared, first, at.first, vectors);
-    begin_copy(shared.columns[0], first, begin, vectors);
+    const float scale = of.scale * LOG2_E;
+    begin_copy(shared, of, at.first, vectors);
+    begin_copy(shared.columns[0], of, begin, vectors);
     Carried carried;
-    carried.take(first, begin);
+    carried.take(of, begin);
     carried.put(shared.columns[0]);
     bool leaks = false;
-    for (int head = 0, column = begin, turn = 0; head < group && !leaks; turn ^= 1) {
+    for (int heads = problem.group, column = begin, turn = 0; heads && !leaks; turn ^= 1) {
         wait_copies<0>();
         const bool dead = __syncthreads_or(carried.dead);
         const bool whole = !dead && shared.seen.whole(column, COLUMNS);
         const int now = column;
         column += COLUMNS;
-        if (column >= end) column = begin, ++head;
-        if (head < group) {
-            const Operands next = operands_of(head);
-            begin_copy(shared.columns[turn ^ 1], next, column, vectors);
-            carried.take(next, column);
+        if (column >= end) {
+            column = begin, --heads;
+            of.advance(problem);
+        }
+        if (heads) {
+            begin_copy(shared.columns[turn ^ 1], of, column, vectors);
+            carried.take(of, column);
         }
         const Columns& columns = shared.columns[turn];
         Scores scores = {}, rates = {};
@@ -183,8 +185,9 @@ __device__ __forceinline__ bool add_dkv(Sums& dk, ValueSums& dv, const HeadOf& o
         weigh(scores, rates, columns, scale);
         if (!whole) {
             hide(scores, rates, shared.seen, now);
-            const bool found = tensor::finds_non_finite<COLUMNS, HEAD_DIM>(columns.far);
-            leaks = __syncthreads_or(tensor::finds_non_finite<COLUMNS, V_HEAD_DIM>(columns.value) || found);
+            bool found = tensor::finds_non_finite<COLUMNS, HEAD_DIM>(columns.far);
+            found |= tensor::finds_non_finite<COLUMNS, V_HEAD_DIM>(columns.value);
+            leaks = __syncthreads_or(found);
         }
         tensor::add_product<M_TILES, COLUMNS, V_HEAD_DIM>(dv, scores, columns.value);
         tensor::add_product<M_TILES, COLUMNS, HEAD_DIM>(dk, rates, columns.far);
@@ -200,14 +203,17 @@ extern "C" __global__ void __launch_bounds__(128, 2) attend_dq_tensor(BackwardPr
                                                                       const ELEMENT* v, const ELEMENT* dout, const float* lse,
                                                                       const float* delta, float* dq, float scale) {
     DYNAMIC_SHARED(memory);
-    const Place at = place_of(blockIdx.x, of.batches, of.heads, of.rows, ROWS);
-    const Operands operands(of, {q, k, v, dout, lse, delta, scale}, at.batch, at.head, false);
-    float* const made = head_of(dq, of.dq, at.batch, at.head);
+    const plain::Given<ELEMENT, float> given{q, k, v, dout, lse, delta, scale};
+    const Place first = place_of(blockIdx.x, of.batches, of.heads, of.rows, ROWS);
     Sums sums = {};
-    if (add_dq(sums, operands, of.band, at, of.vectors, *reinterpret_cast<Shared*>(memory)))
-        return write_dq(operands, at, sums, made, of.dq.row);
-    for (int first = 0; first < at.count; first += plain::SIDE) {
-        const Place part{at.batch, at.head, at.first + first, min(plain::SIDE, at.count - first)};
+    const bool done = add_dq(sums, {of, given, first.batch, first.head, false}, of.band, first, of.vectors,
+                             *reinterpret_cast<Shared*>(memory));
+    const Place at = place_of(block_again(), of.batches, of.heads, of.rows, ROWS);
+    const Operands operands(of, given, at.batch, at.head, false);
+    float* const made = head_of(dq, of.dq, at.batch, at.head);
+    if (done) return write_dq(operands, at, sums, made, of.dq.row);
+    for (int row = 0; row < at.count; row += plain::SIDE) {
+        const Place part{at.batch, at.head, at.first + row, min(plain::SIDE, at.count - row)};
         plain::Sums<float> exact = {};
         plain::add_gradient<plain::DQ>(exact, operands, of.band, part, 0, *reinterpret_cast<plain::Shared<float>*>(memory));
         plain::write(made, of.dq.row, part, 0, HEAD_DIM, exact, scale);
@@ -219,15 +225,17 @@ extern "C" __global__ void __launch_bounds__(128, 2) attend_dkv_tensor(BackwardP
                                                                        const ELEMENT* v, const ELEMENT* dout, const float* lse,
                                                                        const float* delta, float* dk, float* dv, float scale) {
     DYNAMIC_SHARED(memory);
-    const int group = of.group;
-    const Place at = place_of(blockIdx.x, of.batches, of.heads / group, of.keys, ROWS);
     const plain::Given<ELEMENT, float> given{q, k, v, dout, lse, delta, scale};
-    const auto operands_of = [&](int index) { return Operands(of, given, at.batch, at.head * group + index, true); };
-    float* const made = head_of(dk, of.dk, at.batch, at.head);
-    float* const value_made = head_of(dv, of.dv, at.batch, at.head);
+    const int group = of.group, kv_heads = of.heads / of.group;
+    const Place first = place_of(blockIdx.x, of.batches, kv_heads, of.keys, ROWS);
     Sums sums = {};
     ValueSums value_sums = {};
-    if (add_dkv(sums, value_sums, operands_of, group, of.band, at, of.vectors, *reinterpret_cast<Shared*>(memory))) {
+    const bool done = add_dkv(sums, value_sums, {of, given, first.batch, first.head * group, true}, of, first,
+                              *reinterpret_cast<Shared*>(memory));
+    const Place at = place_of(block_again(), of.batches, kv_heads, of.keys, ROWS);
+    float* const made = head_of(dk, of.dk, at.batch, at.head);
+    float* const value_made = head_of(dv, of.dv, at.batch, at.head);
+    if (done) {
         PerRow factors, ones;
         for (int m = 0; m < M_TILES; ++m) factors[m][0] = factors[m][1] = scale, ones[m][0] = ones[m][1] = 1;
         tensor::write<M_TILES, HEAD_DIM>(made, of.dk.row, at, sums, factors);
@@ -235,12 +243,13 @@ extern "C" __global__ void __launch_bounds__(128, 2) attend_dkv_tensor(BackwardP
         return;
     }
     auto& shared = *reinterpret_cast<plain::Shared<float>*>(memory);
-    for (int first = 0; first < at.count; first += plain::SIDE) {
-        const Place part{at.batch, at.head, at.first + first, min(plain::SIDE, at.count - first)};
+    for (int row = 0; row < at.count; row += plain::SIDE) {
+        const Place part{at.batch, at.head, at.first + row, min(plain::SIDE, at.count - row)};
         plain::Sums<float> exact = {}, exact_value = {};
-        for (int index = 0; index < group; ++index) {
-            plain::add_gradient<plain::DK>(exact, operands_of(index), of.band, part, 0, shared);
-            plain::add_gradient<plain::DV>(exact_value, operands_of(index), of.band, part, 0, shared);
+        Operands operands(of, given, at.batch, at.head * group, true);
+        for (int index = 0; index < group; ++index, operands.advance(of)) {
+            plain::add_gradient<plain::DK>(exact, operands, of.band, part, 0, shared);
+            plain::add_gradient<plain::DV>(exact_value, operands, of.band, part, 0, shared);
         }
         plain::write(made, of.dk.row, part, 0, HEAD_DIM, exact, scale);
         plain::write(value_made, of.dv.row, part, 0, V_HEAD_DIM, exact_value, 1.f);

@@ -84,3 +84,12 @@ template <class T> __device__ __forceinline__ T* head_of(T* first, const Strides
 template <class T> __device__ __forceinline__ T* head_of(T* first, const RowStrides& strides, int batch, int head) {
     return first + batch * strides.batch + head * strides.head;
 }
+
+// this block's number, of which the compiler does not know that it is: what comes of it is made anew, not kept in registers
+__device__ __forceinline__ int block_again() {
+    int block = blockIdx.x;
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(block));
+#endif
+    return block;
+}

@@ -199,6 +199,11 @@ template <class T, class W> struct Backward {
                    Rows<T>(given.v, of.v, batch, head / int(of.group), of.keys, of.v_head_dim), keys_near,
                    head_of(given.lse, of.lse, batch, head), head_of(given.delta, of.delta, batch, head), given.scale) {}
 
+    // where rows are keys: on to the next query head
+    __device__ __forceinline__ void advance(const BackwardProblem& of) {
+        far.first += of.q.head, far_value.first += of.dout.head, lse += of.lse.head, delta += of.delta.head;
+    }
+
 private:
     __device__ __forceinline__ Backward(const Rows<T>& q, const Rows<T>& dout, const Rows<T>& k, const Rows<T>& v, bool keys_near,
                                         const W* lse, const W* delta, W scale)

@@ -1,12 +1,13 @@
 // takes: ELEMENT HEAD_DIM V_HEAD_DIM
 // One tile of attention forward on tensor cores, after FlashAttention-2 (arXiv 2307.08691, algorithm 1): a block makes 128 rows of
-// one head (64 where heads are wider than 128), 64 keys (32) at a time; the next keys come while the values are multiplied.
+// one head (64 where heads are wider than 128), 64 keys at a time (32 where values are wider than 80: more do not fit the
+// registers beside the sums); the next keys come while the values are multiplied.
 #include "attend_tensor.cuh"
 
 namespace {
 
 constexpr bool WIDE = HEAD_DIM > 128 || V_HEAD_DIM > 128;
-constexpr int M_TILES = WIDE ? 1 : 2, COLUMNS = WIDE ? 32 : 64, ROWS = tensor::WARPS * M_TILES * 16;
+constexpr int M_TILES = WIDE ? 1 : 2, COLUMNS = WIDE || V_HEAD_DIM > 80 ? 32 : 64, ROWS = tensor::WARPS * M_TILES * 16;
 using Scores = float[M_TILES][COLUMNS / 8][4];
 using Sums = float[M_TILES][V_HEAD_DIM / 8][4];
 using PerRow = float[M_TILES][2];
@@ -77,15 +78,13 @@ __device__ __forceinline__ void finish(const plain::Forward<ELEMENT, float>& of,
     tensor::write<M_TILES, V_HEAD_DIM>(of.out, of.out_stride, at, sums, factors);
 }
 
-// false, with nothing written, if a row would touch a value that it does not see and that is not finite
-__device__ __forceinline__ bool attend(const plain::Forward<ELEMENT, float>& of, const Band& band, const Place& at, bool vectors,
-                                       Shared& shared) {
+// false if a row would touch a value that it does not see and that is not finite
+__device__ __forceinline__ bool attend(Sums& sums, PerRow& tops, PerRow& totals, const plain::Forward<ELEMENT, float>& of,
+                                       const Band& band, const Place& at, bool vectors, Shared& shared) {
     shared.seen.find(band, at, of.k.count);
     __syncthreads();
     const int begin = shared.seen.begin[0], end = shared.seen.end[ROWS - 1];
     const float scale = of.scale * 1.4426950408889634f;
-    Sums sums = {};
-    PerRow tops, totals = {};
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) tops[m][0] = tops[m][1] = -infinity<float>();
     tensor::begin_copy<ROWS, HEAD_DIM>(shared.q, of.q, at.first, vectors);
@@ -105,13 +104,13 @@ __device__ __forceinline__ bool attend(const plain::Forward<ELEMENT, float>& of,
         commit_copies();
         if (!shared.seen.whole(column, COLUMNS)) {
             hide(scores, shared.seen, column);
-            leaks = __syncthreads_or(tensor::finds_non_finite<COLUMNS, V_HEAD_DIM>(shared.v));
+            const bool found = tensor::finds_non_finite<COLUMNS, V_HEAD_DIM>(shared.v);
+            leaks = __syncthreads_or(found);
         }
         weigh(scores, sums, tops, totals, scale);
         tensor::add_product<M_TILES, COLUMNS, V_HEAD_DIM>(sums, scores, shared.v);
     }
     wait_copies<0>();
-    if (!leaks) finish(of, at, sums, tops, totals);
     return !leaks;
 }
 
@@ -120,11 +119,16 @@ __device__ __forceinline__ bool attend(const plain::Forward<ELEMENT, float>& of,
 extern "C" __global__ void __launch_bounds__(128, 2) attend_tensor(ForwardProblem of, const ELEMENT* q, const ELEMENT* k,
                                                                    const ELEMENT* v, float* out, float* lse, float scale) {
     DYNAMIC_SHARED(memory);
-    const Place at = place_of(blockIdx.x, of.batches, of.heads, of.rows, ROWS);
+    Sums sums = {};
+    PerRow tops, totals = {};
+    const Place first = place_of(blockIdx.x, of.batches, of.heads, of.rows, ROWS);
+    const bool done = attend(sums, tops, totals, {of, first, q, k, v, out, lse, scale}, of.band, first, of.vectors,
+                             *reinterpret_cast<Shared*>(memory));
+    const Place at = place_of(block_again(), of.batches, of.heads, of.rows, ROWS);
     const plain::Forward<ELEMENT, float> operands(of, at, q, k, v, out, lse, scale);
-    if (attend(operands, of.band, at, of.vectors, *reinterpret_cast<Shared*>(memory))) return;
-    for (int first = 0; first < at.count; first += plain::SIDE)
+    if (done) return finish(operands, at, sums, tops, totals);
+    for (int row = 0; row < at.count; row += plain::SIDE)
         for (int begin = 0; begin < V_HEAD_DIM; begin += plain::CHUNK)
-            plain::attend(operands, of.band, {at.batch, at.head, at.first + first, min(plain::SIDE, at.count - first)}, begin,
+            plain::attend(operands, of.band, {at.batch, at.head, at.first + row, min(plain::SIDE, at.count - row)}, begin,
                           *reinterpret_cast<plain::Shared<float>*>(memory));
 }

@@ -43,34 +43,48 @@ template <> __device__ __forceinline__ unsigned pair_of<bf16_t>(float low, float
 template <class T> __device__ __forceinline__ unsigned pair_of(float low, float high) { return pack_pair<T>(low, high); }
 #endif
 
+// Pieces of 8 elements: a thread has the same one of each row that it takes, and every SPAN-th row; where a row has no power of
+// two of pieces, some threads have none.
+template <int WIDTH> struct Pieces {
+    static constexpr int ACROSS = WIDTH <= 16 ? 2 : WIDTH <= 32 ? 4 : WIDTH <= 64 ? 8 : WIDTH <= 128 ? 16 : 32;
+    static constexpr int SPAN = THREADS / ACROSS;
+
+    __device__ static __forceinline__ int row() { return threadIdx.x / ACROSS; }
+    __device__ static __forceinline__ int column() { return threadIdx.x % ACROSS * 8; }
+};
+
 // Begin to copy rows [row, row + ROWS) of `from` (0 beyond the last). `vectors`: the operand may be read 16 bytes at a time.
 template <int ROWS, int WIDTH, class T>
 __device__ __forceinline__ void begin_copy(T* to, const plain::Rows<T>& from, int row, bool vectors) {
-    constexpr int pieces = WIDTH / 8;
+    using P = Pieces<WIDTH>;
+    if (P::column() >= WIDTH) return;
+    const T* source = from.first + (row + P::row()) * from.stride + P::column();
+    const long long step = from.stride * P::SPAN;
+    T* const target = to + P::row() * (WIDTH + PAD) + P::column();
+    const int left = from.count - row - P::row();
+    if (P::SPAN > ROWS && P::row() >= ROWS) return;
+    if (vectors) {
 #pragma unroll
-    for (int at = threadIdx.x; at < ROWS * pieces; at += THREADS) {
-        const int r = at / pieces, c = at % pieces * 8;
-        const bool inside = row + r < from.count;
-        const T* const source = from.first + (row + r) * from.stride + c;
-        T* const target = to + r * (WIDTH + PAD) + c;
-        if (vectors) {
-            copy_async(target, source, inside);
-        } else {
-            T piece[8];
+        for (int r = 0; r < ROWS; r += P::SPAN, source += step) copy_async(target + r * (WIDTH + PAD), source, r < left);
+        return;
+    }
+#pragma unroll 1
+    for (int r = 0; r < ROWS; r += P::SPAN, source += step) {
+        T piece[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) piece[i] = inside ? source[i] : T{0};
-            store(target, piece);
-        }
+        for (int i = 0; i < 8; ++i) piece[i] = r < left ? source[i] : T{0};
+        store(target + r * (WIDTH + PAD), piece);
     }
 }
 
 // whether this thread finds NaN or infinity in its part of what a copy brought
 template <int ROWS, int WIDTH, class T> __device__ __forceinline__ bool finds_non_finite(const T* rows) {
-    constexpr int pieces = WIDTH / 8;
+    using P = Pieces<WIDTH>;
     bool found = false;
-    for (int at = threadIdx.x; at < ROWS * pieces; at += THREADS) {
+    if (P::column() >= WIDTH) return found;
+    for (int r = P::row(); r < ROWS; r += P::SPAN) {
         T piece[8];
-        load(piece, rows + at / pieces * (WIDTH + PAD) + at % pieces * 8);
+        load(piece, rows + r * (WIDTH + PAD) + P::column());
 #pragma unroll
         for (int i = 0; i < 8; ++i) found |= !(abs_of(to_float(piece[i])) < infinity<float>());
     }
@@ -83,7 +97,7 @@ __device__ __forceinline__ void multiply(float (&made)[M_TILES][COLUMNS / 8][4],
     constexpr int pitch = WIDTH + PAD;
     left += (warp() * M_TILES * 16 + lane() % 16) * pitch + lane() / 16 * 8;
     right += (lane() % 8 + lane() / 16 * 8) * pitch + lane() / 8 % 2 * 8;
-#pragma unroll
+#pragma unroll 2
     for (int x = 0; x < WIDTH; x += 16) {
         unsigned a[M_TILES][4];
 #pragma unroll

@@ -15,7 +15,7 @@ from ringsim.backends.cuda_pending import Partials
 from ringsim.backends.cuda_state import Partial, State, StateKernels
 from ringsim.backends.cuda_tiles import Backward, Band, Forward, Tiles, parts_of
 from ringsim.dtypes import ITEMSIZE, numpy_dtype
-from ringsim.errors import ArrayError, DeviceError
+from ringsim.errors import DeviceError
 from ringsim.footprint import Footprint, weigh
 from ringsim.partials import OWN_STATE, Piece, head_ranges, places_of
 from ringsim.schedule import Schedule
@@ -45,6 +45,10 @@ class CupyBackend:
         self._order = Order(calls, self.stream)
         self._able: dict[Any, list[tuple[Tiles, str | None]]] = {}
         self._launches = 0
+
+    def another(self) -> CupyBackend:
+        """One like it, on a stream and with scratch of its own; the fused kernels are the same."""
+        return CupyBackend(self.calls, self.tiles)
 
     @property
     def nbytes(self) -> int:
@@ -87,13 +91,17 @@ class CupyBackend:
         """Device memory, as a flat uint8 array."""
         return self.calls.empty(nbytes)
 
-    def dense(self, name: str, array: DeviceArray) -> DeviceArray:
-        """The array as it is. Raises ArrayError where it is not dense: a copy in device memory is the caller's to make."""
-        if not array.flags.c_contiguous:
-            raise ArrayError(
-                f"{name} leaves from where it lies and is not dense (shape {array.shape}, strides {array.strides} bytes): pass "
-                f"cupy.ascontiguousarray({name}), or {name}.contiguous() of torch"
-            )
+    def objection(self, name: str, array: DeviceArray) -> str | None:
+        """Why an array cannot leave from where it lies: it is not dense, and a copy in device memory is the caller's to make."""
+        if array.flags.c_contiguous:
+            return None
+        return (
+            f"{name} leaves from where it lies and is not dense (shape {array.shape}, strides {array.strides} bytes): pass "
+            f"cupy.ascontiguousarray({name}), or {name}.contiguous() of torch"
+        )
+
+    def dense(self, array: DeviceArray) -> DeviceArray:
+        """The array as it is."""
         return array
 
     def copy(self, array: DeviceArray) -> DeviceArray:

@@ -81,6 +81,11 @@ class NumpyBackend:
         self._backward_scratch: dict[tuple[str, int, int, int], numpy_backward.Scratch] = {}
         self._half: dict[str, Array] = {}
 
+    def another(self) -> NumpyBackend:
+        """One like it, with scratch of its own."""
+        cut = {"blocking": self._blocking, "backward_blocking": self._backward_blocking}
+        return NumpyBackend(threads=self.threads, cache=self.cache, **cut)
+
     @property
     def nbytes(self) -> int:
         """Bytes of scratch held now, over all threads."""
@@ -124,7 +129,10 @@ class NumpyBackend:
         made.fill(0)
         return made
 
-    def dense(self, name: str, array: Array) -> Array:
+    def objection(self, name: str, array: Array) -> None:
+        """Every array can leave: one that is not dense as a copy."""
+
+    def dense(self, array: Array) -> Array:
         """The array, or a dense copy of it."""
         return np.ascontiguousarray(array)
 

@@ -12,7 +12,7 @@ import numpy as np
 from .. import __version__, agreement, checking, inputs, units
 from ..attention import RingAttention, Saved
 from ..dtypes import numpy_dtype
-from ..engine import Engine, engine_of
+from ..engine import Engine
 from ..mask import Full
 from ..schedule import Schedule
 from ..schedule.job import TAKEN
@@ -67,7 +67,7 @@ def measure(engine: Engine, job: Plan, *, repeats: int, warmup: int, seed: int, 
         mask = work.mask if work.mask.extent is None else Full()
         few = replace(work, q_len=min(work.q_len, 8), kv_len=min(work.kv_len, 8), mask=mask)
         small = replace(job, workload=few, partition="contiguous", strategy="ring")
-        attention, arrays = prepare(_another(engine), small, seed=seed, timeout=timeout)
+        attention, arrays = prepare(replace(engine, backend=engine.backend.another()), small, seed=seed, timeout=timeout)
         run_pass(attention, arrays)
         if on_host(engine):
             tracemalloc.start()
@@ -163,11 +163,6 @@ def agree(command: str, transport: Transport, **settings: Any) -> None:
 def on_host(engine: Engine) -> bool:
     """Whether it computes in host memory, where tracemalloc sees what is allocated."""
     return engine.backend.name == "numpy"
-
-
-def _another(engine: Engine) -> Engine:
-    """An engine whose scratch is not that of the one measured."""
-    return engine_of(engine.control, threads=engine.facts["threads"]) if on_host(engine) else engine
 
 
 def on_the_host(engine: Engine, arrays: dict[str, Any]) -> dict[str, Any]:

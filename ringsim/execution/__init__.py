@@ -2,6 +2,7 @@
 
 from .in_process import Result, execute
 from .rank import Rank
+from .together import Together
 from .walker import Backend, Walker, drive, drive_all
 
-__all__ = ["Backend", "Rank", "Result", "Walker", "drive", "drive_all", "execute"]
+__all__ = ["Backend", "Rank", "Result", "Together", "Walker", "drive", "drive_all", "execute"]

@@ -77,6 +77,8 @@ class Rank:
             dtype = self.dtype(name)
             if array.shape != shape or array.dtype != dtype:
                 return f"{name} is {array.dtype.name}{array.shape}, expected {dtype.name}{shape}"
+            if name in self._leaving and (objection := self.backend.objection(name, array)):
+                return objection
         return None
 
     @property
@@ -96,8 +98,7 @@ class Rank:
         if message := self.complaint(*arrays):
             raise ArrayError(f"rank {self.transport.rank}: {message}")
         held = {
-            name: self.backend.dense(name, array) if name in self._leaving else array
-            for name, array in zip(names, arrays, strict=True)
+            name: self.backend.dense(array) if name in self._leaving else array for name, array in zip(names, arrays, strict=True)
         }
         self.memory.bind(**held)
         self._walked = self._timeline = None

@@ -41,6 +41,9 @@ class Backend(Protocol):
     def get(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The values of an array as a NumPy array, once all that is queued has been done; on the host the array itself."""
 
+    def another(self) -> Backend:
+        """One like it, with scratch of its own."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of scratch held now."""
@@ -51,8 +54,11 @@ class Backend(Protocol):
     def empty(self, nbytes: int) -> npt.NDArray[Any]:
         """A flat uint8 array in the memory that kernels work on."""
 
-    def dense(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The caller's array as one that can be sent as it is. Raises ArrayError where that takes a copy that costs too much."""
+    def objection(self, name: str, array: npt.NDArray[Any]) -> str | None:
+        """Why the caller's array cannot leave from where it lies, or None."""
+
+    def dense(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """An array that leaves, as one that can be sent as it is."""
 
     def copy(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A copy of an array of the run, as it is after all kernels so far."""

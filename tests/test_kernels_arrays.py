@@ -101,15 +101,33 @@ def test_delta_says_what_is_not_finite():
     assert np.isfinite(made[0, 0]).tolist() == [True, False, False, True]
 
 
+class Narrow(Immediate):
+    """Gives each launch fewer blocks along every axis than it asks for, as its limits would a huge one."""
+
+    def launch(self, kernel, shape, arguments, stream):
+        narrow = tuple(min(2, count) for count in shape.grid)
+        assert narrow != shape.grid
+        super().launch(kernel, shape._replace(grid=narrow), arguments, stream)
+
+
 def test_a_grid_too_small_for_all_goes_over_it_again():
-    """Along y and z a grid ends at 65535 blocks; here rows and heads are more."""
-    kernels, source = StateKernels(Immediate()), np.arange(70000, dtype=np.float32).reshape(70000, 1)
-    strided = np.zeros((70000, 3), np.float32)[:, :1]
-    kernels.copy(strided, source, None)
-    np.testing.assert_array_equal(strided, source)
-    outer, made = np.arange(66000, dtype=np.uint8).reshape(66000, 1, 1, 1), np.zeros((66000, 2, 2, 2), np.uint8)
-    kernels.copy(made, np.broadcast_to(outer, made.shape), None)
-    np.testing.assert_array_equal(made, np.broadcast_to(outer, made.shape))
+    rng, kernels = np.random.default_rng(0), StateKernels(Narrow())
+    values = numbers(rng, (5, 4, 13, 700), "float32")
+    held, made = Canaries().holding(values, pad=1, axes=(1, 2, 0, 3)), np.zeros_like(values)
+    kernels.copy(made, held, None)
+    np.testing.assert_array_equal(made, values)
+    out, dout = numbers(rng, (5, 130, 4, 64), "float32"), numbers(rng, (5, 130, 4, 64), "float32")
+    delta = np.zeros((5, 4, 130), np.float32)
+    kernels.delta(out, dout, delta, None)
+    np.testing.assert_allclose(delta, np.einsum("brhd,brhd->bhr", exact(out), exact(dout)), atol=1e-4)
+
+
+def test_a_grid_ends_at_65535_blocks_along_y_and_z():
+    kernels = StateKernels(Immediate())
+    held, made = np.arange(66000, dtype=np.uint16).reshape(66000, 1, 1), np.zeros((66000, 3, 3), np.uint16)
+    kernels.copy(made[:, :2, :2], np.broadcast_to(held, (66000, 2, 2)), None)
+    assert (made[:, :2, :2] == held).all()
+    assert not made[:, 2].any()
     out, made = np.ones((1, 1, 66000, 8), np.float32), np.zeros((1, 66000, 1), np.float32)
     kernels.delta(out, out, made, None)
     assert (made == 8).all()

@@ -61,6 +61,19 @@ def test_the_sum_of_products_is_delta(dtype, data, seed, width, tiny):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_what_is_tiny_beside_the_largest_takes_nothing(dtype):
+    """What it would have to be multiplied by is beyond the dtype's numbers."""
+    rng = np.random.default_rng(7)
+    dout = rng.uniform(0.5, 2, (1, 200, 1, 8))
+    dout[..., 3:] *= 2.0**-20 if dtype == "float16" else 2.0**-120
+    dout = dout.astype(numpy_dtype(dtype))
+    delta = (rng.standard_normal((1, 1, 200)) * (1e3 if dtype == "float16" else 1e20)).astype(np.float32)
+    target = made_of(dout, delta)
+    assert (exact(target)[..., 3:] == 0).all()
+    assert (np.abs(sums(dout, target) - exact(delta)) <= bound_of(dout, delta, dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @settings(deadline=None)
 @given(seed=SEEDS, width=st.integers(1, 9))
 def test_any_bits_give_delta_or_a_nan_or_as_near_as_one_element_comes(dtype, seed, width):

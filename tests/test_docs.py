@@ -20,7 +20,7 @@ from ringsim.topology.spec import Spec
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
-    r"(?:mpiexec -n \d+ |^ *)ringsim "
+    r"(?:mpi(?:exec|run) -n \d+ |^ *)ringsim "
     r"((?:simulate|memory|breakeven|run|calibrate|compare|doctor|schedule|strategies|topologies)(?: [^`#\n]*)?)",
     re.MULTILINE,
 )

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 
 # helpers of the tests import one another by plain name, as programs/ do
 sys.path.insert(0, str(Path(__file__).parent))
+# and benchmarks/gpu.py its sections
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 settings.register_profile("ci", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 if os.environ.get("CI"):

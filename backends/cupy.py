@@ -213,12 +213,13 @@ class CupyBackend:
         for tile, part in parts_of(op.tiles):
             for heads, kv_heads in head_ranges(tile, q.shape[2] // k.shape[2]):
                 of = (part.q_rows, heads), (part.k_rows, kv_heads), (part.k_rows, kv_heads)
-                mine = [_rows(one, tile, *where) for one, where in zip((q, k, v), of, strict=True)]
+                mine, keys, values = (_rows(one, tile, *where) for one, where in zip((q, k, v), of, strict=True))
                 per_query = _rows(dout, tile, part.q_rows, heads)
                 per_row = [one[slice(*tile.batch), slice(*heads), slice(*part.q_rows)] for one in (lse, delta)]
-                fused = self._fused((*mine, per_query), part.band)
-                made, pieces = self._gradients(mine, fused.partial(q.dtype.name))
-                fused.attend_backward(Backward(*mine, per_query, *per_row, *made), part.band, scale, self.stream)
+                fused = self._fused((mine, keys, values, per_query), part.band)
+                made, pieces = self._gradients((mine, keys, values), fused.partial(q.dtype.name))
+                operands = Backward(mine, keys, values, per_query, *per_row, *made)
+                fused.attend_backward(operands, part.band, scale, self.stream)
                 for total, where, added in zip(sums, of, made, strict=True):
                     self._kernels.accumulate(_rows(total, tile, *where), added, self.stream)
                 self._launches += 1

@@ -21,9 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from ringsim import files
-from ringsim.errors import RingsimError
-
 from gpu_cases import (
     built,
     facts,
@@ -42,6 +39,9 @@ from gpu_cases.bench import Bench
 from gpu_cases.card import FULL, REDUCED, Card, Sizes
 from gpu_cases.record import Record
 from gpu_cases.report import Report, lines
+
+from ringsim import files
+from ringsim.errors import RingsimError
 
 MINUTES: Final = 8.0
 CANNOT: Final = 2

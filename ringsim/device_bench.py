@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 SAMPLES: Final = 5
 SAMPLE_S: Final = 2e-2
-MOST_CALLS: Final = 200
+MOST_CALLS: Final = 100
+WARMUP: Final = 4
+AHEAD: Final = 1.5
+"""Of what calls take, without a head start, by which the device begins after the host."""
+FILLS: Final = 4
+DELAY_NBYTES: Final = 2**28
 TRIES: Final = 4
 NOISY: Final = 0.2
 """The spread of all samples but the least and the most, as a part of their median, above which they are taken again."""
@@ -72,31 +77,97 @@ class Form(NamedTuple):
         return Workload(batch=self.batch, q_len=self.rows, heads=self.heads, head_dim=kernel.head_dim, dtype=kernel.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Times what is launched on a backend's stream, by events. `delay` is memory whose filling takes a device `fill_s`."""
+
+    backend: CupyBackend
+    delay: DeviceArray
+    fill_s: float
+
+    @classmethod
+    def of(cls, backend: CupyBackend, room: Room) -> Watch:
+        """A watch on a stream."""
+        delay = backend.empty(max(1, min(DELAY_NBYTES, room.nbytes // 8)))
+        watch = cls(backend, delay, 0.0)
+        return cls(backend, delay, watch.stretch_s(lambda _: watch.fill(), FILLS, 0.0) / FILLS)
+
+    def fill(self) -> None:
+        """Give the device something to do that takes the host no time."""
+        self.backend.calls.fill(self.delay, 0, self.backend.stream)
+
+    def stretch_s(self, run: Callable[[int], None], count: int, delay_s: float) -> float:
+        """Seconds of the device from before the first to after the last of `count` calls, which `run` is given the number of.
+
+        The device begins so much later than the host.
+        """
+        calls, stream = self.backend.calls, self.backend.stream
+        self.backend.begin(None)
+        for _ in range(ceil(delay_s / self.fill_s) if delay_s else 0):
+            self.fill()
+        run(0)
+        first = calls.record(stream)
+        for turn in range(count):
+            run(turn + 1)
+        last = calls.record(stream)
+        calls.synchronize(last)
+        return calls.elapsed_s(first, last)
+
+    def launched_s(self, run: Callable[[int], None], what: str) -> float:
+        """Seconds from one call of `run` to the next, as they come: the host's to launch it, if the device has less to do."""
+        return self._median(run, what, ahead=0.0)
+
+    def device_s(self, run: Callable[[int], None], what: str) -> float:
+        """Seconds of the device for one call of `run`, back to back with others, for which it never waits for the host."""
+        return self._median(run, what, ahead=AHEAD)
+
+    def _median(self, run: Callable[[int], None], what: str, *, ahead: float) -> float:
+        """The median of samples, after calls to warm up. Raises CalibrationError for times that differ too much."""
+        self.stretch_s(run, 1, 0.0)
+        once_s = self.stretch_s(run, WARMUP, 0.0) / WARMUP
+        count = max(1, min(MOST_CALLS, int(SAMPLE_S / once_s))) if once_s > 0 else MOST_CALLS
+        samples: list[float] = []
+        for _ in range(TRIES):
+            samples = sorted(self.stretch_s(run, count, ahead * count * once_s) / count for _ in range(SAMPLES))
+            middle = median(samples)
+            if middle > 0 and samples[-2] - samples[1] <= NOISY * middle:
+                return middle
+        raise CalibrationError(
+            f"{what}: times from {samples[0] * 1e6:.3g} to {samples[-1] * 1e6:.3g} us in {TRIES} tries: is another program on "
+            "the device (nvidia-smi lists them), or its clock not settled? Calibrate again on a quieter one"
+        )
+
+
 @dataclass(slots=True)
 class Bench:
     """Synthetic ops over arrays of their own: as many sets of them, in turn, as outgrow the cache."""
 
-    backend: CupyBackend
+    watch: Watch
     ops: dict[str, Compute]
     sets: list[dict[str, DeviceArray]]
 
     @classmethod
-    def of(cls, backend: CupyBackend, ops: dict[str, Compute], room: Room, *, cold: bool = True) -> Bench:
+    def of(cls, watch: Watch, ops: dict[str, Compute], room: Room, *, cold: bool = True) -> Bench:
         """Arrays for the regions of `ops`, by the names of their buffers; one set of them unless they are to be cold."""
         regions = {region.buffer: region for op in ops.values() for region in (*op.reads, *op.writes)}
         nbytes = sum(region.nbytes for region in regions.values())
         turns = max(1, min(ceil(COLD_NBYTES / nbytes), MOST_TURNS, room.nbytes // nbytes)) if cold else 1
-        return cls(backend, ops, [{name: _array(backend, one, name) for name, one in regions.items()} for _ in range(turns)])
+        return cls(watch, ops, [{name: _array(watch.backend, one, name) for name, one in regions.items()} for _ in range(turns)])
 
     def run(self, turn: int, *names: str) -> None:
         """Launch ops, in this order, on the arrays whose turn it is."""
         arrays = self.sets[turn % len(self.sets)]
+        scale = arrays["q"].shape[3] ** -0.5 if "q" in arrays else 1.0
         for name in names:
-            self.backend.compute(self.ops[name], lambda one: arrays[one.buffer], scale=1.0, poll=_nothing)
+            self.watch.backend.compute(self.ops[name], lambda one: arrays[one.buffer], scale=scale, poll=_nothing)
 
-    def seconds(self, what: str, *names: str) -> float:
-        """Of the device, for these ops, back to back with others like them. Raises CalibrationError."""
-        return device_s(self.backend, lambda turn: self.run(turn, *names), what)
+    def device_s(self, what: str, *names: str) -> float:
+        """Seconds of the device for these ops, back to back with others like them. Raises CalibrationError."""
+        return self.watch.device_s(lambda turn: self.run(turn, *names), what)
+
+    def launched_s(self, what: str, *names: str) -> float:
+        """Seconds from one such sequence of ops to the next, as the host launches them. Raises CalibrationError."""
+        return self.watch.launched_s(lambda turn: self.run(turn, *names), what)
 
 
 def _nothing() -> None:
@@ -132,41 +203,6 @@ def _fill(backend: CupyBackend, array: DeviceArray, pattern: npt.NDArray[np.uint
 def normals(backend: CupyBackend, shape: tuple[int, ...], dtype: str, name: str) -> DeviceArray:
     """An array of one of the UNIT_NORMAL names."""
     return _array(backend, region(name, shape, dtype), name)
-
-
-def stretch_s(backend: CupyBackend, run: Callable[[int], None], count: int) -> float:
-    """Seconds of the device from before the first to after the last of `count` calls, which `run` is given the number of."""
-    calls = backend.calls
-    backend.begin(None)
-    # the host is ahead of the device from the first one on
-    run(0)
-    first = calls.record(backend.stream)
-    for turn in range(count):
-        run(turn + 1)
-    last = calls.record(backend.stream)
-    calls.synchronize(last)
-    return calls.elapsed_s(first, last)
-
-
-def device_s(backend: CupyBackend, run: Callable[[int], None], what: str) -> float:
-    """Seconds of the device for one call of `run`, back to back with others: the median of samples, after one to warm up.
-
-    Where the device has less to do than the host to launch it, it is the host's time. Raises CalibrationError for times that
-    differ too much.
-    """
-    stretch_s(backend, run, 1)
-    once_s = stretch_s(backend, run, 1)
-    count = max(1, min(MOST_CALLS, int(SAMPLE_S / once_s))) if once_s > 0 else MOST_CALLS
-    samples = []
-    for _ in range(TRIES):
-        samples = sorted(stretch_s(backend, run, count) / count for _ in range(SAMPLES))
-        middle = median(samples)
-        if 0 <= samples[-2] - samples[1] <= NOISY * middle:
-            return middle
-    raise CalibrationError(
-        f"{what}: times from {samples[0] * 1e6:.3g} to {samples[-1] * 1e6:.3g} us in {TRIES} tries: is another program on the "
-        "device (nvidia-smi lists them), or its clock not settled? Calibrate again on a quieter one"
-    )
 
 
 def region(name: str, shape: tuple[int, ...], dtype: str) -> Region:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from .device_bench import Bench, Room
+from .device_bench import Bench, Room, Watch
 from .device_hops import (
     OVERLAP_S,
     Buffers,
@@ -47,7 +47,7 @@ class Seat(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What one device does, measured by one of its ranks; rates in bytes and FLOPs per second."""
+    """What one device does, measured by one of its ranks; rates in bytes and FLOPs per second. `launch_s` is its host's."""
 
     launch_s: float
     memory_bytes_per_s: float
@@ -105,7 +105,7 @@ def measure_devices(subject: Subject, kernels: Sequence[Kernel], progress: Calla
     found = _on_all(transport, lambda: _figures(subject, kernels, room) if leads else None)
     figures = {one.uuid: made for one, made in zip(seats, transport.allgather(found), strict=True) if made is not None}
     progress("kernels and messages at once")
-    bench, tile_s = _on_all(transport, lambda: busy_bench(subject.make_backend(), kernels[0], room, timed=leads))
+    bench, tile_s = _on_all(transport, lambda: busy_bench(Watch.of(subject.make_backend(), room), kernels[0], room, timed=leads))
     tile_s = transport.allgather(tile_s)[sharing.index(seat.uuid)]
     speeds = _speeds(transport, sharing, bench, tile_s)
     small_s = median(one.alone[0][1] for _, one in hops)
@@ -119,6 +119,8 @@ def measure_devices(subject: Subject, kernels: Sequence[Kernel], progress: Calla
 def _check_ranks(transport: Transport) -> None:
     if transport.world_size == 1:
         raise CalibrationError("a hop needs two ranks: start with mpiexec -n P, P as in the runs to be predicted")
+    for name in ("progress", "drives", "device_share"):
+        declared(transport, name)
     hosts = len(set(transport.hosts))
     if hosts > 1:
         raise CalibrationError(f"a topology describes one node here, and the ranks run on {hosts} hosts: calibrate on one")
@@ -155,11 +157,10 @@ def _hops(transport: Transport, buffers: Buffers, sharing: list[str]) -> tuple[t
 
 
 def _figures(subject: Subject, kernels: Sequence[Kernel], room: Room) -> Figures:
-    backend, dtypes = subject.make_backend(), dict.fromkeys(kernel.dtype for kernel in kernels)
-    launch_s = measure_launch(backend, kernels[0].dtype, room)
-    memory = measure_memory(backend, kernels[0].dtype, room)
-    matmul = subject.matmul
-    products = {} if matmul is None else {dtype: measure_matmul(backend, matmul, dtype, room) for dtype in dtypes}
+    watch, matmul, dtypes = Watch.of(subject.make_backend(), room), subject.matmul, dict.fromkeys(one.dtype for one in kernels)
+    launch_s = measure_launch(watch, kernels[0], room)
+    memory = measure_memory(watch, kernels[0].dtype, room)
+    products = {} if matmul is None else {dtype: measure_matmul(watch, matmul, dtype, room) for dtype in dtypes}
     times = tuple(measure_kernel(kernel, subject.make_backend, room, memory) for kernel in kernels)
     return Figures(launch_s, memory, products, times)
 
@@ -183,7 +184,7 @@ def _speeds(transport: Transport, sharing: list[str], bench: Bench, tile_s: floa
 
 def _occupy(bench: Bench, seconds: float, tile_s: float) -> None:
     """Keep this rank's device at work for so long, and its host waiting for it."""
-    backend = bench.backend
+    backend = bench.watch.backend
     backend.begin(None)
     for turn in range(1 + round(seconds / tile_s)):
         bench.run(turn, "reset", "attend")

@@ -199,7 +199,7 @@ def _both(
     """Seconds of the device for so many tiles on every rank at once; with messages `beside` them also the seconds from one to the
     next while kernels ran, and whether the messages outlasted the kernels.
     """
-    backend = bench.backend
+    backend = bench.watch.backend
     calls = backend.calls
     backend.begin(None)
     transport.barrier()

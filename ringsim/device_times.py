@@ -1,7 +1,6 @@
 """A GPU's kernels timed by events: what a tile, a launch, a pass over memory and a matrix product take.
 
-All is measured back to back, as a ring launches it: where the device has less to do than the host to launch it, what is seen is
-the host's time.
+Figures are of a device that never waits for its host, back to back, as in a ring whose kernels hide the launch of the next.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from .costs import backward_pass_nbytes, pass_nbytes
-from .device_bench import NOISY, Bench, Form, Room, backward_ops, device_s, forward_ops, normals, op_of, region
+from .device_bench import NOISY, Bench, Form, Room, Watch, backward_ops, forward_ops, normals, op_of, region
 from .dtypes import ITEMSIZE, accumulator
 from .errors import CalibrationError, DeviceError
 from .kernel_times import PASSES, Kernel
@@ -32,13 +31,11 @@ WAVES: Final = 16
 """Blocks for each unit: enough that the last, partly filled wave is a small part."""
 HEADS: Final = 16
 """At most, of a tile; what more is needed to fill the device comes as sequences."""
-LONG: Final = 8
-"""A tile takes so many times what the host takes to launch it, or its own time is not seen."""
 MOST_OP_S: Final = 0.3
 """An op that takes longer is the last of its kind."""
 RING_ROWS, RING_TILES = 512, 8
 """Of the ring whose folding is timed: short rows, for a tile takes the square of them and its passes do not."""
-TINY_ROWS: Final = 64
+TINY_ROWS: Final = 16
 BUSY_ROWS: Final = 2048
 STREAM_NBYTES: Final = 2**29
 MATRIX_ROWS: Final = (1024, 2048, 4096, 8192)
@@ -48,7 +45,7 @@ MOST_MATRIX_S: Final = 5e-2
 class Times(NamedTuple):
     """What one of PASSES takes; `per_pair_s` by ("full" or "masked", visible pairs of a head), of the whole device.
 
-    `overhead_s` is what an op takes that launches next to nothing. `pass_bytes_per_s` is by what `costs.pass_nbytes` (or
+    `overhead_s` is what an op takes that has next to nothing to do. `pass_bytes_per_s` is by what `costs.pass_nbytes` (or
     `backward_pass_nbytes`) is divided; None where nothing is left for it to price.
     """
 
@@ -74,7 +71,7 @@ class Trial:
 
     name: str
     kernel: Kernel
-    backend: CupyBackend
+    watch: Watch
     room: Room
 
     @property
@@ -84,22 +81,23 @@ class Trial:
 
     def bench(self, form: Form, *, cold: bool = True) -> Bench:
         """A tile's ops and arrays."""
-        partial = _fused(self.backend, self.kernel, self.name).partial(self.kernel.dtype)
+        partial = _fused(self.watch.backend, self.kernel, self.name).partial(self.kernel.dtype)
         ops = forward_ops(self.kernel, form) if self.forward else backward_ops(self.kernel, form, partial)
-        return Bench.of(self.backend, ops, self.room, cold=cold)
+        return Bench.of(self.watch, ops, self.room, cold=cold)
 
     def what(self, form: Form, more: str = "") -> str:
         """A measurement's name."""
         tiles = f"{form.copies} {'causal' if form.masked else 'full'} tiles of {form.rows} x {form.rows}"
         return f"{self.name}, {self.kernel.dtype} head_dim {self.kernel.head_dim}, {tiles}{more}"
 
-    def tile_s(self, bench: Bench, form: Form) -> float:
-        """Of a tile. One forward is a partial output alone: a reset before each lets nothing be folded in."""
-        return bench.seconds(self.what(form), *(("reset", "attend") if self.forward else (self.name,)))
+    @property
+    def tile(self) -> tuple[str, ...]:
+        """The ops of a tile by itself. One forward is a partial output: a reset before each lets nothing be folded in."""
+        return ("reset", "attend") if self.forward else (self.name,)
 
     def timed(self, form: Form) -> float:
-        """Of a tile, on arrays that go with the measurement."""
-        return self.tile_s(self.bench(form), form)
+        """Seconds of the device for a tile, on arrays that go with the measurement."""
+        return self.bench(form).device_s(self.what(form), *self.tile)
 
     def form(self, rows: int, waves: float, *, masked: bool = False) -> Form | None:
         """A tile that fills all units so many times, or as often as there is memory for; None where that is not once."""
@@ -126,7 +124,7 @@ def measure_kernel(
     kernel: Kernel, make_backend: Callable[[], CupyBackend], room: Room, memory_bytes_per_s: float
 ) -> dict[str, Times]:
     """Each of PASSES on this rank's device, by backends with scratch of their own. Raises CalibrationError, DeviceError."""
-    trials = [Trial(name=name, kernel=kernel, backend=make_backend(), room=room) for name in PASSES]
+    trials = (Trial(name=name, kernel=kernel, watch=Watch.of(make_backend(), room), room=room) for name in PASSES)
     return {trial.name: measure_pass(trial, memory_bytes_per_s) for trial in trials}
 
 
@@ -137,15 +135,11 @@ def measure_pass(trial: Trial, memory_bytes_per_s: float) -> Times:
     device whose units are all filled: so `costs.Costs` gives the measured time back.
     """
     tiny = Form(TINY_ROWS, 1, 1)
-    bench = trial.bench(tiny, cold=False)
-    launched_s = trial.tile_s(bench, tiny)
-    # a reset is an op of its own, with an overhead of its own
-    reset_s = bench.seconds(trial.what(tiny, ", reset"), "reset") if trial.forward else 0.0
-    overhead_s = max(launched_s - reset_s, 0.0)
-    rate = folding_rate(trial, overhead_s, memory_bytes_per_s) if trial.forward else accumulation_rate(trial)
+    overhead_s = trial.bench(tiny, cold=False).device_s(trial.what(tiny), *trial.tile)
+    rate = folding_rate(trial, memory_bytes_per_s) if trial.forward else accumulation_rate(trial)
     per_pair_s = {}
     for masked in (False, True):
-        for form, seconds in _tiles(trial, launched_s, masked=masked):
+        for form, seconds in _tiles(trial, masked=masked):
             own_s = seconds - overhead_s
             if not trial.forward and rate is not None:
                 own_s -= backward_pass_nbytes(form.work(trial.kernel), form.tile()) / rate
@@ -155,14 +149,14 @@ def measure_pass(trial: Trial, memory_bytes_per_s: float) -> Times:
     return Times(overhead_s, rate, per_pair_s)
 
 
-def _tiles(trial: Trial, launched_s: float, *, masked: bool) -> Iterator[tuple[Form, float]]:
-    """Tiles of all sizes that memory and time allow, with their seconds; those too short to be seen are left out."""
+def _tiles(trial: Trial, *, masked: bool) -> Iterator[tuple[Form, float]]:
+    """Tiles of all sizes that memory and time allow, with their seconds."""
     before_s = found = 0.0
     for rows in ROWS:
-        timed = _long_enough(trial, trial.form(rows, WAVES, masked=masked), launched_s)
-        if timed is None:
+        form = trial.form(rows, WAVES, masked=masked)
+        if form is None:
             continue
-        form, seconds = timed
+        seconds = trial.timed(form)
         each_s = seconds / form.copies
         # rows of less than a block may take as long as a block
         if each_s < (1 - NOISY) * before_s:
@@ -176,36 +170,23 @@ def _tiles(trial: Trial, launched_s: float, *, masked: bool) -> Iterator[tuple[F
             break
     if not found:
         raise CalibrationError(
-            f"{trial.name}, {trial.kernel.dtype} head_dim {trial.kernel.head_dim}: no tiles fit into {trial.room.nbytes} B that "
-            f"fill {trial.room.units} units and take {LONG} launches of {launched_s * 1e6:.3g} us: leave the device more memory"
+            f"{trial.name}, {trial.kernel.dtype} head_dim {trial.kernel.head_dim}: no tiles that fill {trial.room.units} units "
+            f"fit into {trial.room.nbytes} B of memory: leave the device more"
         )
 
 
-def _long_enough(trial: Trial, form: Form | None, launched_s: float) -> tuple[Form, float] | None:
-    """A tile and its seconds, with more sequences where it would else not be seen beside its launch."""
-    for _ in range(2):
-        if form is None:
-            return None
-        seconds = trial.timed(form)
-        if seconds >= LONG * launched_s:
-            return form, seconds
-        waves = 1.5 * LONG * launched_s / seconds * form.copies * form.rows / (BLOCK_ROWS * trial.room.units)
-        form = trial.form(form.rows, waves, masked=form.masked)
-    return None
-
-
-def folding_rate(trial: Trial, overhead_s: float, memory_bytes_per_s: float) -> float | None:
+def folding_rate(trial: Trial, memory_bytes_per_s: float) -> float | None:
     """Bytes per second that price the passes in which partial outputs are folded into their state.
 
-    A ring of n tiles is reset, n times attend, and finish. `costs` has n tiles alone; besides, for reset and finish, an overhead
-    each and their bytes through memory, though reset launches nothing and finish folds in what waits. What the measured ring
-    takes beyond all that is what the model lacks: n x pass_nbytes / rate. None where it lacks nothing.
+    A ring of n tiles is reset, n times attend, and finish. `costs` has n tiles alone; besides, for reset and finish, their bytes
+    through memory, though reset launches nothing and finish folds in what waits. What the measured ring takes beyond all that is
+    what the model lacks: n x pass_nbytes / rate. None where it lacks nothing.
     """
     form = trial.large(RING_ROWS)
     bench = trial.bench(form)
-    alone_s = trial.tile_s(bench, form)
-    ring_s = bench.seconds(trial.what(form, f", a ring of {RING_TILES}"), "reset", *["attend"] * RING_TILES, "finish")
-    ends_s = 2 * overhead_s + (bench.ops["reset"].nbytes + bench.ops["finish"].nbytes) / memory_bytes_per_s
+    alone_s = bench.device_s(trial.what(form), *trial.tile)
+    ring_s = bench.device_s(trial.what(form, f", a ring of {RING_TILES}"), "reset", *["attend"] * RING_TILES, "finish")
+    ends_s = (bench.ops["reset"].nbytes + bench.ops["finish"].nbytes) / memory_bytes_per_s
     folding_s = ring_s - RING_TILES * alone_s - ends_s
     nbytes = RING_TILES * pass_nbytes(form.work(trial.kernel), form.tile())
     return nbytes / folding_s if folding_s > 0 else None
@@ -214,11 +195,11 @@ def folding_rate(trial: Trial, overhead_s: float, memory_bytes_per_s: float) -> 
 def accumulation_rate(trial: Trial) -> float:
     """Bytes per second that price adding a tile's gradients to their sums, timed alone: backward_pass_nbytes / seconds."""
     form = trial.large(RING_ROWS)
-    seconds = trial.bench(form).seconds(trial.what(form, ", sums of gradients"), "accumulate")
+    seconds = trial.bench(form).device_s(trial.what(form, ", sums of gradients"), "accumulate")
     return backward_pass_nbytes(form.work(trial.kernel), form.tile()) / seconds
 
 
-def measure_memory(backend: CupyBackend, dtype: str, room: Room) -> float:
+def measure_memory(watch: Watch, dtype: str, room: Room) -> float:
     """Bytes per second, read and written, of copies, sums and casts of arrays that outgrow the cache."""
     sums = accumulator(dtype)
     rows = max(1, min(STREAM_NBYTES, room.nbytes // 8) // (ITEMSIZE[sums] * HEADS * BLOCK_ROWS))
@@ -229,30 +210,29 @@ def measure_memory(backend: CupyBackend, dtype: str, room: Room) -> float:
         "accumulate": op_of("accumulate", {"total": total, "added": added}, {"total": total}),
         "cast": op_of("cast", {"total": total}, {"out": region("out", narrow, dtype)}),
     }
-    bench = Bench.of(backend, ops, room, cold=False)
-    seconds = sum(bench.seconds(f"{name} of {total.nbytes} B", name) for name in ops)
+    bench = Bench.of(watch, ops, room, cold=False)
+    seconds = sum(bench.device_s(f"{name} of {total.nbytes} B", name) for name in ops)
     return sum(op.nbytes for op in ops.values()) / seconds
 
 
-def measure_launch(backend: CupyBackend, dtype: str, room: Room) -> float:
-    """Seconds of an op whose kernel has next to nothing to do."""
-    here, there = (region(name, (1, 1, 1, BLOCK_ROWS), dtype) for name in ("here", "there"))
-    ops = {"pack": op_of("pack", {"here": here}, {"there": there})}
-    return Bench.of(backend, ops, room, cold=False).seconds("a launch", "pack")
+def measure_launch(watch: Watch, kernel: Kernel, room: Room) -> float:
+    """Seconds that the host takes to launch an attend: from one to the next, where the device has next to nothing to do."""
+    trial, tiny = Trial(name="attend", kernel=kernel, watch=watch, room=room), Form(TINY_ROWS, 1, 1)
+    return trial.bench(tiny, cold=False).launched_s(trial.what(tiny, ", launched"), *trial.tile)
 
 
-def measure_matmul(backend: CupyBackend, matmul: Matmul, dtype: str, room: Room) -> float:
+def measure_matmul(watch: Watch, matmul: Matmul, dtype: str, room: Room) -> float:
     """FLOPs per second of the best of square matrix products, each larger than the one before."""
     best = 0.0
     for rows in MATRIX_ROWS:
         if 3 * rows**2 * ITEMSIZE[dtype] > room.nbytes:
             break
-        a, b, c = (normals(backend, (rows, rows), dtype, name) for name in "abc")
+        a, b, c = (normals(watch.backend, (rows, rows), dtype, name) for name in "abc")
 
         def multiply(_: int, a: DeviceArray = a, b: DeviceArray = b, c: DeviceArray = c) -> None:
-            matmul(a, b, c, backend.stream)
+            matmul(a, b, c, watch.backend.stream)
 
-        seconds = device_s(backend, multiply, f"a {dtype} product of {rows} x {rows}")
+        seconds = watch.device_s(multiply, f"a {dtype} product of {rows} x {rows}")
         best = max(best, 2 * rows**3 / seconds)
         if seconds > MOST_MATRIX_S:
             break
@@ -261,9 +241,9 @@ def measure_matmul(backend: CupyBackend, matmul: Matmul, dtype: str, room: Room)
     return best
 
 
-def busy_bench(backend: CupyBackend, kernel: Kernel, room: Room, *, timed: bool) -> tuple[Bench, float]:
+def busy_bench(watch: Watch, kernel: Kernel, room: Room, *, timed: bool) -> tuple[Bench, float]:
     """What keeps a device busy while something else is measured, and the seconds of a reset and an attend of it if `timed`."""
-    trial = Trial(name="attend", kernel=kernel, backend=backend, room=room)
+    trial = Trial(name="attend", kernel=kernel, watch=watch, room=room)
     form = trial.form(BUSY_ROWS, WAVES) or trial.large(RING_ROWS)
     bench = trial.bench(form)
-    return bench, trial.tile_s(bench, form) if timed else 0.0
+    return bench, bench.device_s(trial.what(form), *trial.tile) if timed else 0.0

@@ -5,7 +5,7 @@
 
 using Real = Accumulated<ELEMENT>::type;
 
-extern "C" __global__ void __launch_bounds__(128) attend_dq_plain(BackwardProblem of, const ELEMENT* q, const ELEMENT* k,
+extern "C" __global__ void __launch_bounds__(128, 2) attend_dq_plain(BackwardProblem of, const ELEMENT* q, const ELEMENT* k,
                                                                   const ELEMENT* v, const ELEMENT* dout, const Real* lse,
                                                                   const Real* delta, Real* dq, Real scale) {
     DYNAMIC_SHARED(memory);
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(128) attend_dq_plain(BackwardProble
 }
 
 // the band is the transposed one: rows are keys
-extern "C" __global__ void __launch_bounds__(128) attend_dkv_plain(BackwardProblem of, const ELEMENT* q, const ELEMENT* k,
+extern "C" __global__ void __launch_bounds__(128, 2) attend_dkv_plain(BackwardProblem of, const ELEMENT* q, const ELEMENT* k,
                                                                    const ELEMENT* v, const ELEMENT* dout, const Real* lse,
                                                                    const Real* delta, Real* dk, Real* dv, Real scale) {
     DYNAMIC_SHARED(memory);

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -24,7 +25,7 @@ from .device_hops import (
     measure_look,
     measure_overlap,
 )
-from .device_times import Matmul, Times, busy_bench, measure_kernel, measure_launch, measure_matmul, measure_memory
+from .device_times import BUSY, Matmul, Times, busy_bench, measure_kernel, measure_launch, measure_matmul, measure_memory
 from .errors import CalibrationError, RingsimError
 from .kernel_times import Kernel
 from .transport import Transport
@@ -101,19 +102,24 @@ def measure_devices(subject: Subject, kernels: Sequence[Kernel], progress: Calla
     buffers = _on_all(transport, lambda: Buffers.of(subject.make_backend().empty, room))
     hops = _hops(transport, buffers, sharing)
     leads = sharing.index(seat.uuid) == rank
-    progress("kernels, memory and matrix products")
-    found = _on_all(transport, lambda: _figures(subject, kernels, room) if leads else None)
-    figures = {one.uuid: made for one, made in zip(seats, transport.allgather(found), strict=True) if made is not None}
+    progress("memory and matrix products")
+    figures = _on_all(transport, partial(_figures, subject, kernels, room) if leads else _nothing)
+    for kernel in kernels:
+        progress(f"attention and its gradients, {kernel.dtype}, head_dim {kernel.head_dim}")
+        # ranks that wait come together after each, for none waits without limit
+        figures = _on_all(transport, partial(_with_kernel, subject, figures, kernel, room) if leads else _nothing)
+    of_devices = {one.uuid: made for one, made in zip(seats, transport.allgather(figures), strict=True) if made is not None}
     progress("kernels and messages at once")
-    bench, tile_s = _on_all(transport, lambda: busy_bench(Watch.of(subject.make_backend(), room), kernels[0], room, timed=leads))
-    tile_s = transport.allgather(tile_s)[sharing.index(seat.uuid)]
+    bench = _on_all(transport, lambda: busy_bench(Watch.of(subject.make_backend(), room), kernels[0], room))
+    alone_s = _on_all(transport, partial(bench.device_s, "a tile alone", *BUSY) if leads else _nothing)
+    tile_s = transport.allgather(alone_s)[sharing.index(seat.uuid)]
     speeds = _speeds(transport, sharing, bench, tile_s)
     small_s = median(one.alone[0][1] for _, one in hops)
     look_s = measure_look(transport, buffers, lambda seconds: _occupy(bench, seconds, tile_s), small_s)
     overlap = None
     if declared(transport, "progress") in ("offload", "handshake"):
         overlap = measure_overlap(transport, buffers, bench, tile_s)
-    return Findings(seats, figures, speeds, hops, look_s, overlap)
+    return Findings(seats, of_devices, speeds, hops, look_s, overlap)
 
 
 def _check_ranks(transport: Transport) -> None:
@@ -124,6 +130,10 @@ def _check_ranks(transport: Transport) -> None:
     hosts = len(set(transport.hosts))
     if hosts > 1:
         raise CalibrationError(f"a topology describes one node here, and the ranks run on {hosts} hosts: calibrate on one")
+
+
+def _nothing() -> None:
+    """What is left to a rank whose device another one measures."""
 
 
 def _on_all(transport: Transport, measure: Callable[[], Any]) -> Any:
@@ -161,8 +171,12 @@ def _figures(subject: Subject, kernels: Sequence[Kernel], room: Room) -> Figures
     launch_s = measure_launch(watch, kernels[0], room)
     memory = measure_memory(watch, kernels[0].dtype, room)
     products = {} if matmul is None else {dtype: measure_matmul(watch, matmul, dtype, room) for dtype in dtypes}
-    times = tuple(measure_kernel(kernel, subject.make_backend, room, memory) for kernel in kernels)
-    return Figures(launch_s, memory, products, times)
+    return Figures(launch_s, memory, products, ())
+
+
+def _with_kernel(subject: Subject, figures: Figures, kernel: Kernel, room: Room) -> Figures:
+    times = measure_kernel(kernel, subject.make_backend, room, figures.memory_bytes_per_s)
+    return figures._replace(kernels=(*figures.kernels, times))
 
 
 def _speeds(transport: Transport, sharing: list[str], bench: Bench, tile_s: float) -> dict[str, float]:
@@ -187,5 +201,5 @@ def _occupy(bench: Bench, seconds: float, tile_s: float) -> None:
     backend = bench.watch.backend
     backend.begin(None)
     for turn in range(1 + round(seconds / tile_s)):
-        bench.run(turn, "reset", "attend")
+        bench.run(turn, *BUSY)
     backend.calls.synchronize(backend.calls.record(backend.stream))

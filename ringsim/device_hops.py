@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from .calibration import fit_line
 from .device_bench import Bench, Room
+from .device_times import BUSY
 from .errors import CalibrationError
 from .segments import Segment, fit, mean_error
 from .transport import Handle, Transport
@@ -205,10 +206,10 @@ def _both(
     transport.barrier()
     # these keep the device busy until the host has launched all and begins to send
     for turn in range(max(2, launches // 4)):
-        bench.run(turn, "reset", "attend")
+        bench.run(turn, *BUSY)
     first = calls.record(backend.stream)
     for turn in range(launches):
-        bench.run(turn, "reset", "attend")
+        bench.run(turn, *BUSY)
     last = calls.record(backend.stream)
     spacing: list[float] = []
     outlasted = True

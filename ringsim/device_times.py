@@ -37,6 +37,8 @@ RING_ROWS, RING_TILES = 512, 8
 """Of the ring whose folding is timed: short rows, for a tile takes the square of them and its passes do not."""
 TINY_ROWS: Final = 16
 BUSY_ROWS: Final = 2048
+BUSY: Final = ("reset", "attend")
+"""The ops of a forward tile by itself: a partial output, of which a reset lets nothing be folded in."""
 STREAM_NBYTES: Final = 2**29
 MATRIX_ROWS: Final = (1024, 2048, 4096, 8192)
 MOST_MATRIX_S: Final = 5e-2
@@ -92,8 +94,8 @@ class Trial:
 
     @property
     def tile(self) -> tuple[str, ...]:
-        """The ops of a tile by itself. One forward is a partial output: a reset before each lets nothing be folded in."""
-        return ("reset", "attend") if self.forward else (self.name,)
+        """The ops of a tile by itself."""
+        return BUSY if self.forward else (self.name,)
 
     def timed(self, form: Form) -> float:
         """Seconds of the device for a tile, on arrays that go with the measurement."""
@@ -241,9 +243,7 @@ def measure_matmul(watch: Watch, matmul: Matmul, dtype: str, room: Room) -> floa
     return best
 
 
-def busy_bench(watch: Watch, kernel: Kernel, room: Room, *, timed: bool) -> tuple[Bench, float]:
-    """What keeps a device busy while something else is measured, and the seconds of a reset and an attend of it if `timed`."""
+def busy_bench(watch: Watch, kernel: Kernel, room: Room) -> Bench:
+    """What keeps a device BUSY while something else is measured."""
     trial = Trial(name="attend", kernel=kernel, watch=watch, room=room)
-    form = trial.form(BUSY_ROWS, WAVES) or trial.large(RING_ROWS)
-    bench = trial.bench(form)
-    return bench, bench.device_s(trial.what(form), *trial.tile) if timed else 0.0
+    return trial.bench(trial.form(BUSY_ROWS, WAVES) or trial.large(RING_ROWS))

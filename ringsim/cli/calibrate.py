@@ -65,7 +65,7 @@ def calibrate(
     names = dict.fromkeys(canonical(dtype) for dtype in dtypes)
     kernels = [Kernel(dtype=dtype, head_dim=dim) for dtype in names for dim in sorted(set(head_dims))]
     engine = engine_of(transport, backend=backend, transport=moved_by, threads=1)
-    with progress("calibrating", len(kernels) + 2) as advance:
+    with progress("calibrating", len(kernels) + (2 if backend == "numpy" else 3)) as advance:
         values = (_of_cpus if backend == "numpy" else _of_gpus)(engine, kernels, advance)
     text = to_yaml(values)
     topology.parse(text, "what was measured")

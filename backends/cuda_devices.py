@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from ringsim.backends.cuda_tiles import Tiles
 from ringsim.backends.cupy_calls import CupyCalls, load
 from ringsim.errors import MissingDependency
 from ringsim.transport import Transport
+
+TENSOR_CORES: Final = (8, 0)
+"""The compute capability whose `mma.sync` our own kernels use."""
 
 
 def device_of(control: Transport) -> int:
@@ -24,7 +29,7 @@ def tiles_on(calls: CupyCalls) -> tuple[Tiles, ...]:
     """Fused kernels of cuDNN where they are installed, and our own for what they refuse."""
     from ringsim.backends.cuda_attend import OwnTiles
 
-    own: Tiles = OwnTiles(calls)
+    own: Tiles = OwnTiles(calls, plain=calls.capability < TENSOR_CORES)
     try:
         from ringsim.backends.cudnn import CudnnTiles
 

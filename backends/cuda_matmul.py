@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 from ringsim.backends.cuda import DeviceArray, Stream
 from ringsim.backends.cupy_calls import address
@@ -17,22 +18,20 @@ def matmul_by_cublas() -> Callable[[DeviceArray, DeviceArray, DeviceArray, Strea
 
     Sums are in float32, of float64 in float64; float32 is not rounded to TF32. Raises MissingDependency, DeviceError.
     """
-    from cupy_backends.cuda.api import runtime
-    from cupy_backends.cuda.libs import cublas
+    try:
+        from cupy_backends.cuda.api import runtime
+        from cupy_backends.cuda.libs import cublas
 
+        # where importing it does not load the library, its first call does
+        handle = _handle(cublas)
+    except ImportError as error:
+        raise MissingDependency(f"matrix products need cuBLAS, which cannot be loaded ({error}): {REMEDY}") from error
     kinds = {
         "float64": (runtime.CUDA_R_64F, cublas.CUBLAS_COMPUTE_64F, ctypes.c_double),
         "float32": (runtime.CUDA_R_32F, cublas.CUBLAS_COMPUTE_32F, ctypes.c_float),
         "float16": (runtime.CUDA_R_16F, cublas.CUBLAS_COMPUTE_32F, ctypes.c_float),
         "bfloat16": (runtime.CUDA_R_16BF, cublas.CUBLAS_COMPUTE_32F, ctypes.c_float),
     }
-    try:
-        # the library is loaded by the first call
-        handle = cublas.create()
-    except ImportError as error:
-        raise MissingDependency(f"matrix products need cuBLAS, which cannot be loaded ({error}): {REMEDY}") from error
-    except cublas.CUBLASError as error:
-        raise DeviceError(f"cuBLAS cannot be used on this device: {error}") from error
 
     def matmul(a: DeviceArray, b: DeviceArray, c: DeviceArray, stream: Stream) -> None:
         dtype, compute, scalar = kinds[c.dtype.name]
@@ -48,3 +47,10 @@ def matmul_by_cublas() -> Callable[[DeviceArray, DeviceArray, DeviceArray, Strea
             raise DeviceError(f"a {c.dtype.name} product of {rows} x {rows}: {error}") from error
 
     return matmul
+
+
+def _handle(cublas: Any) -> Any:
+    try:
+        return cublas.create()
+    except cublas.CUBLASError as error:
+        raise DeviceError(f"cuBLAS cannot be used on this device: {error}") from error

@@ -87,10 +87,15 @@ class Watch:
 
     @classmethod
     def of(cls, backend: CupyBackend, room: Room) -> Watch:
-        """A watch on a stream."""
+        """A watch on a stream. Raises CalibrationError where the device's clock does not go on."""
         delay = backend.empty(max(1, min(DELAY_NBYTES, room.nbytes // 8)))
         watch = cls(backend, delay, 0.0)
-        return cls(backend, delay, watch.stretch_s(lambda _: watch.fill(), FILLS, 0.0) / FILLS)
+        fill_s = median(watch.stretch_s(lambda _: watch.fill(), FILLS, 0.0) / FILLS for _ in range(SAMPLES))
+        if fill_s <= 0:
+            raise CalibrationError(
+                f"filling {delay.nbytes} B {FILLS} times takes {fill_s:g} s by the device's events: do they work?"
+            )
+        return cls(backend, delay, fill_s)
 
     def fill(self) -> None:
         """Give the device something to do that takes the host no time."""

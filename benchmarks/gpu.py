@@ -59,15 +59,15 @@ class Section(NamedTuple):
 SECTIONS: Final = (
     Section("facts", "the device, its matrix and memory ceilings", 20, facts.run),
     Section("build", "every kernel compiles for this device", 60, built.run),
-    Section("kernels", "every kernel against float64, the same bits again", 90, tiles.run),
+    Section("kernels", "every kernel against float64, the same bits again", 80, tiles.run),
     Section("strategies", "every strategy against float64, 2.5 x rule", 70, strategies.run),
-    Section("races", "late kernels and messages change nothing; the mutant is caught", 40, races.run),
+    Section("races", "late kernels and messages change nothing; the mutant is caught", 30, races.run),
+    Section("quiet", "no allocation and no wait in the loop", 15, quiet.run),
     Section("speed", "one rank beside one fused call, keys in 1, 4 and 8 blocks", 40, speed.run),
-    Section("prediction", "calibrated, predicted, then run", 90, prediction.run),
-    Section("million", "1,048,576 tokens, causal, 4 ranks", 45, million.run),
-    Section("sharing", "rings of 1, 2 and 4 ranks on the card", 120, sharing.run),
-    Section("quiet", "no allocation and no wait in the loop", 20, quiet.run),
+    Section("prediction", "calibrated, predicted, then run", 100, prediction.run),
+    Section("million", "1,048,576 tokens, causal, 4 ranks", 40, million.run),
     Section("loss", "half-precision partial outputs against float32 ones", 15, loss.run),
+    Section("sharing", "rings of 1, 2 and 4 ranks on the card", 150, sharing.run),
 )
 NAMES: Final = tuple(section.name for section in SECTIONS)
 

@@ -9,7 +9,7 @@ import pytest
 from emulator import needs_compiler
 from gpu_cases import built, facts, loss, million, prediction, quiet, races, sharing, speed, strategies, tiles
 from gpu_cases.record import Record
-from paper_card import BENCHMARKS, ROOT, TINY, PaperCard, asked, gpu, section
+from paper_card import BENCHMARKS, ROOT, TINY, PaperCard, asked, bench_of, gpu, section
 
 pytestmark = needs_compiler
 
@@ -81,7 +81,7 @@ def test_keys_in_blocks_are_the_same_attention(tmp_path):
     assert rings.flops_of(whole) == rings.flops_of(blocks)
     arrays = rings.given(work, 1)
     wanted = rings.answer(card, work, arrays)
-    group = rings.together(card, blocks)
+    group = rings.together(bench_of(card, tmp_path), blocks)
     held = group.shards(**arrays)
     rings.poison(group)
     result = group.result(held, group.run(held))
@@ -124,7 +124,6 @@ place: [0, 0, 0, 0]
 def test_predictions_are_written_before_anything_runs(tmp_path):
     card, seen = PaperCard(own=False), []
     record = Record("prediction", began=True)
-    from paper_card import bench_of
 
     def save():
         seen.append((dict(record.values), list(card.calls.log)))
@@ -199,8 +198,6 @@ def test_what_there_is_no_time_for_is_skipped_and_never_passed(tmp_path):
 
 def test_a_section_out_of_time_says_what_it_left(tmp_path):
     record = Record("strategies", deadline_s=0.0, began=True)
-    from paper_card import bench_of
-
     strategies.run(bench_of(PaperCard(own=False), tmp_path), record)
     assert record.status == "incomplete" and len(record.skipped) == record.values["schedules"]
 

@@ -30,13 +30,10 @@ def run(bench: Bench, record: Record) -> None:
             name = f"{kind}, keys in {blocks}"
             if record.late(name):
                 continue
-            tiles = make(card.calls)
-            group = rings.together(card, rings.keys_in_blocks(whole, blocks), tiles=(tiles,))
-            held = group.shards(**arrays)
-            rings.poison(group)
-            group.run(held)
-            errors[blocks] = {one: _errors(bench, held[0][one], wanted[one]) for one in ("out", "dq", "dk", "dv")}
-            record.values[name] = errors[blocks] | {"partials": tiles.partial(work.dtype)}
+            with record.attempt("kinds of tiles", name):
+                errors[blocks] = _of_blocks(
+                    bench, record, name, make(card.calls), (rings.keys_in_blocks(whole, blocks), arrays, wanted)
+                )
         if len(errors) == 2:
             for what in errors[1]:
                 one, many = errors[1][what]["largest"], errors[BLOCKS][what]["largest"]
@@ -46,6 +43,18 @@ def run(bench: Bench, record: Record) -> None:
             record.say(
                 f"{kind}: partials in {said['partials']}: rms error of out {said['out']['rms']:.2e}, {ratio:.2f} x one block's"
             )
+
+
+def _of_blocks(bench: Bench, record: Record, name: str, tiles: Any, problem: tuple[Schedule, Any, Any]) -> dict[str, Any]:
+    """One kind of tiles on a schedule, its arrays and its answers."""
+    schedule, arrays, wanted = problem
+    group = rings.together(bench, schedule, tiles=[(tiles,)])
+    held = group.shards(**arrays)
+    rings.poison(group)
+    group.run(held)
+    errors = {one: _errors(bench, held[0][one], wanted[one]) for one in ("out", "dq", "dk", "dv")}
+    record.values[name] = errors | {"partials": tiles.partial(schedule.workload.dtype)}
+    return errors
 
 
 def _errors(bench: Bench, found: Any, wanted: Any) -> dict[str, float]:

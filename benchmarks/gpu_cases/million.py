@@ -35,7 +35,7 @@ def run(bench: Bench, record: Record) -> None:
         predicted_s = record.values["predicted_s"] = simulate(schedule, machine).total_s
         bench.save()
     free = card.free_nbytes()
-    group = rings.together(card, schedule)
+    group = rings.together(bench, schedule)
     held = rings.drawn(card, group, SEED)
     rings.poison(group)
     lses = group.run(held)

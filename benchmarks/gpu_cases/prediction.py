@@ -48,7 +48,16 @@ def name_of(schedule: Schedule) -> str:
 
 
 def run(bench: Bench, record: Record) -> None:
-    """In one process; then by each launcher."""
+    """In one process; then by each launcher, whatever became of the first."""
+    with record.attempt("calibration and runs in one process", "in one process"):
+        _in_process(bench, record)
+    for launcher in bench.launchers:
+        with record.attempt("calibration and runs by processes", launcher):
+            _launched(bench, record, launcher, held_out(bench))
+
+
+def _in_process(bench: Bench, record: Record) -> None:
+    """Calibrate, predict all, save, then run."""
     text = calibrate_in_process(bench, RANKS, DTYPE, HEAD_DIM)
     (bench.folder / "calibrated.yaml").write_text(text)
     record.values["topology"] = text
@@ -66,12 +75,10 @@ def run(bench: Bench, record: Record) -> None:
         if record.late(name):
             continue
         note(record, f"in one process: {name}", compare(one, _runs(bench, schedule)))
-    for launcher in bench.launchers:
-        _launched(bench, record, launcher, schedules)
 
 
 def _runs(bench: Bench, schedule: Schedule) -> list[Any]:
-    group = rings.together(bench.card, schedule)
+    group = rings.together(bench, schedule)
     held = rings.drawn(bench.card, group, 5)
     found = []
     for turn in range(1 + RUNS):

@@ -27,7 +27,7 @@ def run(bench: Bench, record: Record) -> None:
         watched = Watched(card.calls)
         work = rings.workload(bench.sizes.races, "causal", "bfloat16", pass_)
         schedule = Schedule(workload=work, world_size=RANKS, strategy=strategy, partition="zigzag")
-        group = rings.together(card, schedule, calls=watched)
+        group = rings.together(bench, schedule, calls=watched, tiles=[card.tiles(watched) for _ in range(RANKS)])
         held = rings.drawn(card, group, 23)
         group.run(held)
         card.settle()

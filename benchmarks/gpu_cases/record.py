@@ -11,6 +11,7 @@ from typing import Any, Final
 
 MOST_NAMED: Final = 20
 """Failed cases that are named one by one."""
+MOST_SAID: Final = 1000
 PASSED, MISSED, FAILED, INCOMPLETE, SKIPPED = "passed", "missed", "failed", "incomplete", "skipped"
 
 
@@ -66,6 +67,14 @@ class Record:
         kept.cases += 1
         if not holds:
             kept.failed.append(f"{case}: {found}" if found else case)
+
+    @contextmanager
+    def attempt(self, group: str, case: str) -> Iterator[None]:
+        """Within: one case; what it raises fails it, and goes no further."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - one case's failure must not lose the others
+            self.require(group, case, False, f"{type(error).__name__}: {error}"[:MOST_SAID])
 
     def target(self, name: str, value: float, limit: float, *, at_least: bool) -> None:
         """A number that should reach a limit, or stay below it; missing it is no fault of the answer."""

@@ -13,21 +13,21 @@ from ringsim.backends.cuda import Calls
 from ringsim.backends.cuda_tiles import Tiles
 from ringsim.backends.cupy import CupyBackend
 from ringsim.backends.device_link import DeviceLink
-from ringsim.execution import Together
+from ringsim.execution import Backend, Together
 from ringsim.mask import mask_named
 from ringsim.schedule import Compute, Schedule
-from ringsim.schedule.job import GIVEN
+from ringsim.schedule.job import GIVEN, TAKEN
 from ringsim.schedule.ops import Op, Recv, Region, Send, Wait
 from ringsim.tile import Tile
 from ringsim.workload import Workload
 
 from . import card as cards
 from . import float64
+from .bench import Bench
 from .card import Card
 from .watched import POISON
 
 PATIENCE_S = 60.0
-TILES = "as a backend takes them"
 
 
 def workload(ring: cards.Ring, mask: str, dtype: str, pass_: str = "forward") -> Workload:
@@ -44,24 +44,26 @@ def workload(ring: cards.Ring, mask: str, dtype: str, pass_: str = "forward") ->
 
 
 def together(
-    card: Card,
+    bench: Bench,
     schedule: Schedule,
     *,
     calls: Calls | None = None,
-    tiles: Sequence[Tiles] | None = None,
+    link: Calls | None = None,
+    tiles: Sequence[Sequence[Tiles]] | None = None,
     backend: type[CupyBackend] = CupyBackend,
     beside: Together | None = None,
 ) -> Together:
     """The ranks of a schedule, each with a backend (that of `beside`, if given), and a link that copies within the card.
 
-    Without `tiles` each backend is given the card's, with its own scratch; such as are given are shared, for a world of one.
+    `tiles` are each rank's, by default those that the bench keeps; `link` are the calls that messages are copied by.
     """
-    watched = calls or card.calls
+    watched, ranks = calls or bench.card.calls, range(schedule.world_size)
     if beside is None:
-        made = [backend(watched, card.tiles(watched) if tiles is None else tiles) for _ in range(schedule.world_size)]
+        fused = bench.tiles(schedule.world_size) if tiles is None else tiles
+        made: list[Backend] = [backend(watched, fused[rank]) for rank in ranks]
     else:
-        made = [rank.backend for rank in beside.ranks]  # type: ignore[misc]
-    return Together(schedule, made, link=DeviceLink(watched), patience_s=PATIENCE_S, beside=beside)
+        made = [rank.backend for rank in beside.ranks]
+    return Together(schedule, made, link=DeviceLink(link or watched), patience_s=PATIENCE_S, beside=beside)
 
 
 def given(work: Workload, seed: int) -> dict[str, np.ndarray]:
@@ -109,8 +111,6 @@ def poison(group: Together) -> None:
 
 
 def _callers(key: tuple[str, int], pass_: str) -> bool:
-    from ringsim.schedule.job import TAKEN
-
     return key[1] == 0 and key[0] in GIVEN[pass_] + TAKEN[pass_]
 
 

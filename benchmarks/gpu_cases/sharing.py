@@ -30,9 +30,8 @@ def run(bench: Bench, record: Record) -> None:
             name = f"in one process, {world_size} ranks, {pass_}"
             if record.late(name):
                 continue
-            schedule = _schedule(bench, world_size, pass_)
-            found = measured(bench, schedule)
-            _judge(record, name, found, world_size)
+            with record.attempt("rings in one process", name):
+                _judge(record, name, measured(bench, _schedule(bench, world_size, pass_)), world_size)
     works: set[tuple[str, str]] = set()
     for world_size in (4, 2):
         for launcher, transport in product(bench.launchers, TRANSPORTS):
@@ -50,11 +49,11 @@ def _schedule(bench: Bench, world_size: int, pass_: str) -> Schedule:
 def measured(bench: Bench, schedule: Schedule) -> dict[str, Any]:
     """Seconds of a ring in this process, and of its kernels alone, rank after rank without a message, taken in turns."""
     card = bench.card
-    group = rings.together(card, schedule)
+    group = rings.together(bench, schedule)
     held = rings.drawn(card, group, 3)
     group.run(held)
     card.settle()
-    alone = rings.together(card, rings.computed_alone(schedule), beside=group)
+    alone = rings.together(bench, rings.computed_alone(schedule), beside=group)
     totals, works, timelines = [], [], []
     for turn in range(2 + bench.sizes.repeats):
         timelines.append(_timeline(bench, group, held))

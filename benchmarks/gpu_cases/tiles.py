@@ -51,11 +51,16 @@ def bands(rows: int, keys: int) -> Iterator[Band | None]:
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """All of them, those with the widths and heads that are met most first."""
+    """Of the first widths every combination; of the others every dtype and band, with rows and heads in turn."""
     sizes = bench.sizes
-    for widths, heads, rows, dtype in product(sizes.tile_widths, sizes.tile_heads, sizes.tile_rows, ATTENTION):
+    turns = list(product(sizes.tile_rows, sizes.tile_heads))
+    first, *others = sizes.tile_widths
+    for (rows, heads), dtype in product(turns, ATTENTION):
         for band in bands(*rows):
-            yield Case(rows, heads, widths, dtype, band)
+            yield Case(rows, heads, first, dtype, band)
+    for number, (widths, dtype, index) in enumerate(product(others, ATTENTION, range(len(list(bands(1, 1)))))):
+        rows, heads = turns[number % len(turns)]
+        yield Case(rows, heads, widths, dtype, list(bands(*rows))[index])
 
 
 def run(bench: Bench, record: Record) -> None:
@@ -67,9 +72,10 @@ def run(bench: Bench, record: Record) -> None:
     for number, case in enumerate(cases(bench)):
         if record.late(str(case)):
             continue
-        problem = Problem.of(bench, case, number)
-        for name, tiles in kinds.items():
-            refused[name] += _check(bench, record, problem, name, tiles)
+        with record.attempt("cases that could not be made", str(case)):
+            problem = Problem.of(bench, case, number)
+            for name, tiles in kinds.items():
+                refused[name] += _check(bench, record, problem, name, tiles)
     missing = [
         f"{kernel.name} {dict(kernel.types)}" for kernel in KERNELS if kernel not in watched.kernels and _asked(bench, kernel)
     ]

@@ -100,10 +100,7 @@ class CupyCard:
     def exact(self, array: DeviceArray) -> Any:
         """Converted on the device; bfloat16 by its bits, for not every CuPy computes with it."""
         self.settle()
-        if array.dtype.name == "bfloat16":
-            wide = array.view(np.uint16).astype(np.uint32, order="C") << np.uint32(16)
-            array = wide.astype(np.uint32, copy=False).view(np.float32)
-        made = array.astype(np.float64)
+        made = (widened(array) if array.dtype.name == "bfloat16" else array).astype(np.float64)
         self.settle()
         return made
 
@@ -117,13 +114,7 @@ class CupyCard:
     def normal(self, shape: tuple[int, ...], dtype: str, seed: int) -> DeviceArray:
         """Rounded to nearest, ties to even."""
         drawn = self._normal(np.uint64(seed), size=int(np.prod(shape)))
-        if dtype == "bfloat16":
-            bits = drawn.view(np.uint32)
-            bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            bits >>= np.uint32(16)
-            made = bits.astype(np.uint16).view(numpy_dtype(dtype))
-        else:
-            made = drawn.astype(numpy_dtype(dtype))
+        made = narrowed(drawn) if dtype == "bfloat16" else drawn.astype(numpy_dtype(dtype))
         self.settle()
         return made.reshape(shape)
 
@@ -155,6 +146,19 @@ class CupyCard:
         product = matmul_by_cublas()
         a, b, c = (self.normal((rows, rows), dtype, seed) for seed in range(3))
         return lambda: product(a, b, c, stream)
+
+
+def widened(array: DeviceArray) -> DeviceArray:
+    """A bfloat16 array in float32, dense."""
+    return (array.view(np.uint16).astype(np.uint32, order="C") << np.uint32(16)).view(np.float32)
+
+
+def narrowed(array: DeviceArray) -> DeviceArray:
+    """A finite float32 array in bfloat16, rounded to nearest, ties to even; its memory is used."""
+    bits = array.view(np.uint32)
+    bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    bits >>= np.uint32(16)
+    return bits.astype(np.uint16).view(numpy_dtype("bfloat16"))
 
 
 def _asked() -> dict[str, str] | str:

@@ -77,7 +77,7 @@ class CudnnCall:
             plan = build(self._cudnn, problem, {"handle": self._handle}, SCORES_NBYTES)
             self._plans[problem] = plan, self._calls.empty(plan.workspace_nbytes) if plan.workspace_nbytes else None
         plan, workspace = self._plans[problem]
-        self._set_stream(self._handle, stream.ptr)
+        self._set_stream(self._handle, getattr(stream, "ptr", stream))
         addresses = [address_of(one) for one in arrays]
         execute(self._cudnn, plan, addresses, 0 if workspace is None else address_of(workspace), self._handle)
 

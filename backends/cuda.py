@@ -51,8 +51,11 @@ class Calls(Protocol):
     def empty(self, nbytes: int) -> DeviceArray:
         """`nbytes` of device memory as a flat uint8 array, aligned to 256 bytes: an allocation of its own."""
 
-    def pooled(self, nbytes: int) -> DeviceArray:
-        """The same from the pool that the caller's own arrays come from: cheap, and given back to it."""
+    def pooled(self, nbytes: int, stream: Stream) -> DeviceArray:
+        """The same from the pool that the caller's own arrays come from, for work that comes after what `stream` has been given.
+
+        Earlier work on `stream` may still use it, for who had it before has given it back at once; so may later work after it.
+        """
 
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
         """`nbytes` of page-locked host memory."""

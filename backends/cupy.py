@@ -59,21 +59,29 @@ class CupyBackend:
         """An argument as an array of this device that shares its memory. Raises ArrayError where it lies elsewhere."""
         return self.calls.view(name, value)
 
-    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        """An array for the caller to keep, from the pool that the caller's own arrays come from."""
-        return self.calls.pooled(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Stream = None) -> DeviceArray:
+        """An array for the caller to keep, from the pool that his own arrays come from: he works on it on `stream`."""
+        return self._pooled(shape, dtype, self.calls.caller(stream))
+
+    def _pooled(self, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Stream) -> DeviceArray:
+        return self.calls.pooled(math.prod(shape) * dtype.itemsize, stream).view(dtype).reshape(shape)
 
     def put(self, array: npt.NDArray[Any]) -> DeviceArray:
-        """A host array's values in device memory; waits for the copy."""
-        made = self.calls.pooled(array.nbytes)
+        """A host array's values in device memory; waits for the copy, which comes after what the caller's current stream has."""
+        stream = self.calls.caller(None)
+        made = self.calls.pooled(array.nbytes, stream)
         source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        self.calls.copy(made, source, self.stream)
-        self.calls.synchronize(self.calls.record(self.stream))
+        self.calls.copy(made, source, stream)
+        self.calls.synchronize(self.calls.record(stream))
         return made.view(array.dtype).reshape(array.shape)
 
     def get(self, array: DeviceArray) -> npt.NDArray[Any]:
-        """A device array's values in host memory, once the runs so far are done."""
-        dense = array if array.flags.c_contiguous else self.copy(array)
+        """A device array's values in host memory, once the runs so far are done, and what the caller's current stream has."""
+        self.calls.wait(self.stream, self.calls.record(self.calls.caller(None)))
+        dense = array
+        if not array.flags.c_contiguous:
+            dense = self._pooled(array.shape, array.dtype, self.stream)
+            self._kernels.copy(dense, array, self.stream)
         made = np.empty(array.nbytes, np.uint8)
         self.calls.copy(made, dense.reshape(-1).view(np.uint8), self.stream)
         self.calls.synchronize(self.calls.record(self.stream))
@@ -104,9 +112,9 @@ class CupyBackend:
         """The array as it is."""
         return array
 
-    def copy(self, array: DeviceArray) -> DeviceArray:
-        """A copy of an array of the run, queued."""
-        made = self.new(array.shape, array.dtype)
+    def copy(self, array: DeviceArray, stream: Stream = None) -> DeviceArray:
+        """A copy of an array of the run, queued, for the caller to keep and use on `stream`."""
+        made = self.new(array.shape, array.dtype, stream)
         self._kernels.copy(made, array, self.stream)
         return made
 

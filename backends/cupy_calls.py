@@ -18,6 +18,19 @@ from ringsim.errors import ArrayError, DeviceError, MissingDependency
 MOST_STATIC_SHARED = 48 * 1024
 """Bytes of dynamic shared memory that a kernel may have without asking. CUDA C++ Programming Guide, 'Shared Memory'."""
 MILLISECOND_S = 1e-3
+SUCCESS, NOT_READY = 0, 600
+"""cudaSuccess, cudaErrorNotReady. CUDA Runtime API, 'Data types'."""
+
+
+class Foreign:
+    """The address of another library's stream, in CUDA's stream protocol."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """The protocol's version, and the address."""
+        return 0, self._address
 
 
 def load() -> Any:
@@ -40,7 +53,11 @@ def load() -> Any:
 
 
 class CupyCalls:
-    """`Calls` of device number `device`, as CUDA counts those that are visible."""
+    """`Calls` of device number `device`, as CUDA counts those that are visible.
+
+    What makes something on the device makes it this thread's current one first, and leaves it so: a thread that is new, such as
+    those of autograd, begins with device 0.
+    """
 
     def __init__(self, device: int = 0) -> None:
         self._cupy = load()
@@ -67,25 +84,34 @@ class CupyCalls:
     def caller(self, stream: Any) -> Stream:
         """A CuPy stream of the caller's."""
         if stream is None:
+            # CuPy has a current stream for each device
+            self.activate()
             return self._cupy.cuda.get_current_stream()
         if isinstance(stream, self._cupy.cuda.Stream | self._cupy.cuda.ExternalStream):
+            if stream.device_id not in (-1, self.device):
+                raise ArrayError(f"stream is of device {stream.device_id}; this rank computes on device {self.device}")
             return stream
         address = getattr(stream, "cuda_stream", stream)
         if not isinstance(address, int) or isinstance(address, bool):
             raise ArrayError(f"stream is {stream!r}; give a stream of CuPy or torch, its address as an int, or None")
-        return self._cupy.cuda.ExternalStream(address, self.device)
+        return self._cupy.cuda.Stream.from_external(Foreign(address))
 
     def empty(self, nbytes: int) -> DeviceArray:
-        """By cudaMalloc: an allocation of its own, as CUDA IPC needs, freed with the last array on it."""
+        """By cudaMalloc: an allocation of its own, as CUDA IPC needs, freed with the last array on it.
+
+        cudaFree waits until the device is done with it, whatever stream it was used on.
+        """
+        self.activate()
         if not nbytes:
             return self._cupy.empty(0, np.uint8)
         with self._said(f"allocating {nbytes} bytes"):
             memory = self._cupy.cuda.MemoryPointer(self._cupy.cuda.Memory(nbytes), 0)
             return self._cupy.ndarray((nbytes,), np.uint8, memptr=memory)
 
-    def pooled(self, nbytes: int) -> DeviceArray:
-        """From CuPy's memory pool, for the current stream."""
-        with self._said(f"allocating {nbytes} bytes"):
+    def pooled(self, nbytes: int, stream: Stream) -> DeviceArray:
+        """From CuPy's memory pool, which has memory for each stream."""
+        self.activate()
+        with self._said(f"allocating {nbytes} bytes"), stream:
             return self._cupy.empty(nbytes, np.uint8)
 
     def view(self, name: str, value: Any) -> DeviceArray:
@@ -121,11 +147,14 @@ class CupyCalls:
 
     def stream(self) -> Stream:
         """By cudaStreamCreateWithFlags, non-blocking."""
+        self.activate()
         with self._said("creating a stream"):
             return self._cupy.cuda.Stream(non_blocking=True)
 
     def record(self, stream: Stream, event: Event | None = None) -> Event:
         """By cudaEventRecord."""
+        if event is None:
+            self.activate()
         with self._said("recording an event"):
             made = self._cupy.cuda.Event() if event is None else event
             made.record(stream)
@@ -137,9 +166,12 @@ class CupyCalls:
             stream.wait_event(event)
 
     def done(self, event: Event) -> bool:
-        """By cudaEventQuery."""
+        """By cudaEventQuery, whose errors CuPy's `Event.done` takes for an event that is not complete."""
         with self._said("asking for an event"):
-            return bool(event.done)
+            status = self._runtime.eventQuery(event.ptr)
+            if status not in (SUCCESS, NOT_READY):
+                raise self._runtime.CUDARuntimeError(status)
+        return bool(status == SUCCESS)
 
     def synchronize(self, event: Event) -> None:
         """By cudaEventSynchronize."""
@@ -168,12 +200,12 @@ class CupyCalls:
 
     def launch(self, kernel: Kernel, shape: Launch, arguments: Sequence[Any], stream: Stream) -> None:
         """By cuLaunchKernel; the kernel is compiled by NVRTC when it is first launched, and kept on disk by CuPy."""
-        with self._said(f"kernel {kernel.name}"), stream:
+        with self._said(f"kernel {kernel.name}"):
             function = self._function(kernel)
             if shape.shared_nbytes > max(MOST_STATIC_SHARED, function.max_dynamic_shared_size_bytes):
                 function.max_dynamic_shared_size_bytes = shape.shared_nbytes
             given = tuple(np.uintp(0) if one is None else one for one in arguments)
-            function(shape.grid, shape.block, given, shared_mem=shape.shared_nbytes)
+            function(shape.grid, shape.block, given, shared_mem=shape.shared_nbytes, stream=stream)
 
     def _function(self, kernel: Kernel) -> Any:
         if kernel not in self._modules:

@@ -105,7 +105,7 @@ class NumpyBackend:
         """An argument as a NumPy array that shares its memory. Raises ArrayError."""
         return host_view(name, value)
 
-    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], stream: object = None) -> Array:
         """An array for the caller to keep."""
         return np.empty(shape, dtype)
 
@@ -136,7 +136,7 @@ class NumpyBackend:
         """The array, or a dense copy of it."""
         return np.ascontiguousarray(array)
 
-    def copy(self, array: Array) -> Array:
+    def copy(self, array: Array, stream: object = None) -> Array:
         """A copy of an array of the run."""
         return array.copy()
 

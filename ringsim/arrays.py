@@ -151,7 +151,9 @@ class _Place:
 
 
 def _shadow(array: Any) -> Array:
-    return array if type(array) is np.ndarray or not array.size else np.asarray(_Place(array))
+    if not array.size:
+        return np.empty(0, np.uint8)
+    return array if type(array) is np.ndarray else np.asarray(_Place(array))
 
 
 def check_apart(given: dict[str, Array], taken: dict[str, Array]) -> None:

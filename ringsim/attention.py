@@ -192,7 +192,7 @@ class RingAttention:
         if self._closed:
             raise WorkloadError("the plan is closed: make a new one")
         rank = self._rank_for(pass_)
-        complaint, inputs, outputs, packed = self._prepare(rank, given, taken)
+        complaint, inputs, outputs, packed = self._prepare(rank, given, taken, stream)
         if self._check:
             agreement.same_call(self.engine.control, complaint, f"{pass_}{f' of call {call}' if call else ''}")
         elif complaint is not None:
@@ -217,7 +217,7 @@ class RingAttention:
         return self._ranks[pass_]
 
     def _prepare(
-        self, rank: Rank, given: dict[str, Any], taken: dict[str, Any]
+        self, rank: Rank, given: dict[str, Any], taken: dict[str, Any], stream: Any
     ) -> tuple[str | None, list[Array], list[Array], bool]:
         """What is wrong, if anything; what is given, with all axes; what is taken, as the caller sees it; whether packed."""
         try:
@@ -229,7 +229,7 @@ class RingAttention:
                 shape, dtype = rank.shapes()[name], rank.dtype(name)
                 shape = shape[1:] if packed else shape
                 make, view = self._backend.new, self._backend.view
-                outputs.append(make(shape, dtype) if value is None else writable(name, value, shape, dtype, view))
+                outputs.append(make(shape, dtype, stream) if value is None else writable(name, value, shape, dtype, view))
             check_apart(dict(zip(given, inputs, strict=True)), dict(zip(taken, outputs, strict=True)))
         except ArrayError as error:
             return str(error), [], [], False

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class CUDARuntimeError(RuntimeError):
-    pass
+    """As CuPy's, which takes the status."""
 
 
 class CUDADriverError(RuntimeError):
@@ -49,12 +49,15 @@ class PaperCupy:
     def __init__(self, devices=2):
         self.said = []
         self.devices = devices
+        self.current = 0
         self.failing = {}
+        self.statuses = {}
         runtime = SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             memcpyDefault=4,
             getDeviceCount=self._count,
-            setDevice=lambda device: self.say("setDevice", device),
+            setDevice=self._set,
+            eventQuery=lambda event: self.statuses.get(event, 0),
             memcpyAsync=lambda *given: self.say("memcpyAsync", *given),
             memsetAsync=lambda *given: self.say("memsetAsync", *given),
             getDeviceProperties=lambda device: {
@@ -81,13 +84,13 @@ class PaperCupy:
             MemoryPointer=lambda memory, offset: None,
             alloc_pinned_memory=self.pin,
             get_elapsed_time=lambda first, last: 1500.0,
-            get_current_stream=lambda: self.Stream(self, "current"),
+            get_current_stream=lambda: self.Stream(self, f"current of {self.current}"),
         )
         self.module = ModuleType("cupy")
         vars(self.module).update(
             cuda=cuda,
             ndarray=Array,
-            empty=lambda count, dtype: Array((count,), dtype),
+            empty=lambda count, dtype: Array((count,), dtype, device=self.current),
             from_dlpack=self._from_dlpack,
             asarray=self._from_dlpack,
             RawModule=self._module,
@@ -95,8 +98,8 @@ class PaperCupy:
         )
 
     class Stream:
-        def __init__(self, owner, name):
-            self.owner, self.name, self.ptr = owner, name, id(self)
+        def __init__(self, owner, name, device=-1):
+            self.owner, self.name, self.ptr, self.device_id = owner, name, id(self), device
 
         def wait_event(self, event):
             self.owner.say("wait_event", self.name, event)
@@ -108,10 +111,12 @@ class PaperCupy:
             self.owner.say("exit", self.name)
 
     class Event:
-        done = True
-
         def __init__(self, owner):
-            self.owner = owner
+            self.owner, self.ptr = owner, id(self)
+
+        @property
+        def done(self):
+            raise AssertionError("CuPy's Event.done is False of a device that failed")
 
         def record(self, stream):
             self.owner.say("record", stream.name)
@@ -124,18 +129,28 @@ class PaperCupy:
 
         class Stream(self.Stream):
             def __init__(self, *, non_blocking):
-                super().__init__(owner, "non-blocking" if non_blocking else "blocking")
+                super().__init__(owner, "non-blocking" if non_blocking else "blocking", owner.current)
+
+            @classmethod
+            def from_external(cls, other):
+                version, address = other.__cuda_stream__()
+                assert version == 0
+                made = cls(non_blocking=False)
+                made.name, made.device_id = f"external {address}", -1
+                return made
 
         return Stream
 
     def _external(self):
-        owner = self
-
         class ExternalStream(self.Stream):
-            def __init__(self, address, device):
-                super().__init__(owner, f"external {address} on {device}")
+            def __init__(self, *given):
+                raise AssertionError("CuPy 14 warns that this is deprecated")
 
         return ExternalStream
+
+    def _set(self, device):
+        self.current = device
+        self.say("setDevice", device)
 
     def _count(self):
         if self.devices is None:
@@ -173,8 +188,8 @@ class PaperCupy:
                 owner.say("shared", nbytes)
                 self.shared = nbytes
 
-            def __call__(self, grid, block, given, shared_mem):
-                owner.say("launch", self.name, grid, block, given, shared_mem)
+            def __call__(self, grid, block, given, *, shared_mem, stream):
+                owner.say("launch", self.name, grid, block, given, shared_mem, stream.name)
 
         return SimpleNamespace(get_function=Function)
 

@@ -3,7 +3,8 @@ events allow. What the order of events does not force goes wrong here sooner or 
 
 import random
 import time
-from collections import deque
+import weakref
+from collections import defaultdict, deque
 
 import numpy as np
 
@@ -48,6 +49,17 @@ class Event:
         return self.finished >= self.turn
 
 
+def bare(array):
+    """The bytes of an array from the pool, which this does not keep: work that is queued holds no memory on a device either."""
+    owner = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    if owner.base is None or not array.size:
+        return array.view(np.ndarray)
+    offset = array.ctypes.data - owner.ctypes.data
+    return np.ndarray(array.shape, array.dtype, owner.base, offset, array.strides)
+
+
 SPEEDS = (1, 30, 1000)
 """How much likelier than others a stream comes to its turn: some race ahead, some lag behind, as the seed has it."""
 
@@ -70,7 +82,7 @@ class PaperGpu:
         self.broken = None
         self.eager = eager
         self._run = run
-
+        self._pools = defaultdict(list)
         self.current = self.stream()
 
     # memory
@@ -88,8 +100,15 @@ class PaperGpu:
         self.allocated.append(nbytes)
         return base[start : start + nbytes].view(DeviceArray)
 
-    def pooled(self, nbytes):
-        return self.empty(nbytes)
+    def pooled(self, nbytes, stream):
+        """Of the stream's own pool: what nobody holds any more may be taken at once, whatever is queued."""
+        self.log.append(("pooled", nbytes, stream.number))
+        free = self._pools[stream.number, nbytes]
+        memory = free.pop() if free else bytearray([POISON] * (nbytes + 256))
+        base = np.frombuffer(memory, np.uint8)
+        weakref.finalize(base, free.append, memory)
+        start = -base.ctypes.data % 256
+        return base[start : start + nbytes].view(DeviceArray)
 
     def view(self, name, value):
         if not isinstance(value, DeviceArray):
@@ -152,14 +171,16 @@ class PaperGpu:
     def copy(self, target, source, stream):
         assert target.nbytes == source.nbytes and target.dtype == source.dtype == np.uint8
         self.log.append(("copy", target.nbytes, stream.number))
-        self.defer(lambda: np.copyto(target.view(np.ndarray), source.view(np.ndarray)), stream)
+        into, from_ = bare(target), bare(source)
+        self.defer(lambda: np.copyto(into, from_), stream)
 
     def fill(self, target, byte, stream):
-        self.defer(lambda: target.view(np.ndarray).fill(byte), stream)
+        into = bare(target)
+        self.defer(lambda: into.fill(byte), stream)
 
     def launch(self, kernel, shape, arguments, stream):
         self.log.append(("launch", kernel.name, stream.number))
-        plain = [one.view(np.ndarray) if isinstance(one, np.ndarray) else one for one in arguments]
+        plain = [bare(one) if isinstance(one, np.ndarray) else one for one in arguments]
         self.defer(lambda: self._run(kernel, shape, plain), stream)
 
     def defer(self, function, stream):

@@ -32,12 +32,30 @@ def calls(paper):
 def test_memory(paper, calls):
     assert calls.empty(48).shape == (48,)
     assert calls.empty(0).shape == (0,)
-    assert calls.pooled(16).dtype == np.uint8
+    assert calls.pooled(16, calls.stream()).dtype == np.uint8
     pinned = calls.pinned(32)
     pinned[:] = 7
     assert (pinned.nbytes, pinned.dtype) == (32, np.uint8)
     # an allocation of its own, which CUDA IPC can export; none for nothing
-    assert paper.said == [("malloc", 48), ("pinned", 32)]
+    assert without_device(paper) == [("malloc", 48), ("enter", "non-blocking"), ("exit", "non-blocking"), ("pinned", 32)]
+
+
+def without_device(paper):
+    return [entry for entry in paper.said if entry[0] != "setDevice"]
+
+
+def test_a_thread_whose_device_is_another_makes_things_on_this_one(paper, calls):
+    """As those of autograd, or of a caller with several devices."""
+    for make in (lambda: calls.empty(0), lambda: calls.pooled(16, calls.stream())):
+        paper.current = 0
+        assert make().device.id == 1
+    stream = calls.stream()
+    for make in (lambda: calls.empty(8), calls.stream, lambda: calls.record(stream)):
+        paper.current = 0
+        make()
+        assert paper.current == 1
+    paper.current = 0
+    assert calls.caller(None).name == "current of 1"
 
 
 def test_streams_and_events(paper, calls):
@@ -46,11 +64,21 @@ def test_streams_and_events(paper, calls):
     assert calls.record(stream, event) is event
     calls.wait(stream, event)
     assert calls.done(event) is True
+    paper.statuses[event.ptr] = 600
+    assert calls.done(event) is False
     calls.synchronize(event)
     assert calls.elapsed_s(event, event) == 1.5
     names = ["record", "record", "wait_event", "synchronize"]
-    assert [entry[0] for entry in paper.said] == names
-    assert paper.said[0] == ("record", "non-blocking")
+    assert [entry[0] for entry in without_device(paper)] == names
+    assert without_device(paper)[0] == ("record", "non-blocking")
+
+
+def test_a_device_that_failed_is_no_event_to_wait_for(paper, calls):
+    """CuPy's Event.done is then False for ever."""
+    event = calls.record(calls.stream())
+    paper.statuses[event.ptr] = 700
+    with pytest.raises(DeviceError, match="device 1: asking for an event: 700"):
+        calls.done(event)
 
 
 def test_copies_go_from_the_first_byte_on_the_stream_given(paper, calls):
@@ -76,15 +104,14 @@ def test_a_kernel_is_compiled_once_and_launched_on_its_stream(paper, calls):
     paper.said.clear()
     for shared in (0, 70_000, 60_000):
         calls.launch(CLEAR, Launch((3, 1, 1), (128, 1, 1), shared), (array, None, np.int32(5)), stream)
-    compiled, *rest = [entry for entry in paper.said if entry[0] not in ("enter", "exit")]
+    compiled, *rest = paper.said
     assert compiled == ("compile", ("-std=c++17", "-DUNIT=uint4"))
     assert [entry[0] for entry in rest] == ["launch", "shared", "launch", "launch"]
     assert rest[1] == ("shared", 70_000)
-    name, grid, block, given, shared = rest[0][1:]
-    assert (name, grid, block, shared) == ("clear", (3, 1, 1), (128, 1, 1), 0)
+    name, grid, block, given, shared, on = rest[0][1:]
+    assert (name, grid, block, shared, on) == ("clear", (3, 1, 1), (128, 1, 1), 0, "non-blocking")
     assert given[0] is array
     assert given[1] == 0 and given[1].dtype == np.uintp
-    assert paper.said[0] == ("enter", "non-blocking")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +140,13 @@ def test_kernels_that_fail(paper, calls):
 def test_the_callers_stream(paper, calls):
     own = calls.stream()
     assert calls.caller(own) is own
-    assert calls.caller(None).name == "current"
-    assert calls.caller(SimpleNamespace(cuda_stream=77)).name == "external 77 on 1"
-    assert calls.caller(78).name == "external 78 on 1"
+    assert calls.caller(None).name == "current of 1"
+    assert calls.caller(SimpleNamespace(cuda_stream=77)).name == "external 77"
+    assert calls.caller(78).name == "external 78"
+    paper.current = 0
+    other = CupyCalls(0).stream()
+    with pytest.raises(ArrayError, match="stream is of device 0; this rank computes on device 1"):
+        calls.caller(other)
     for wrong in (True, "0", 1.0):
         with pytest.raises(ArrayError, match="give a stream of CuPy or torch, its address as an int, or None"):
             calls.caller(wrong)

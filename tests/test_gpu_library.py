@@ -17,7 +17,7 @@ from ringsim.backends.staged import Staged
 from ringsim.cli import running
 from ringsim.cli.options import Plan
 from ringsim.engine import Engine, engine_of
-from ringsim.errors import MissingDependency, RankMismatch, TransportError
+from ringsim.errors import DeviceError, MissingDependency, RankMismatch, TransportError
 from ringsim.reference import dense_attention, dense_backward
 
 RUN = Emulator().launch
@@ -106,6 +106,65 @@ def test_outputs_of_the_caller_are_filled_and_may_not_lie_over_inputs():
     packed = backend.put(np.concatenate(arrays()[:3], axis=2))
     parts = packed[:, :, :4], packed[:, :, 4:6], packed[:, :, 6:]
     assert largest(backend.get(plan(*parts)), dense_attention(WORK, *arrays()[:3])[0]) < 2e-6
+
+
+def bytes_of(array):
+    return array.reshape(-1).view(np.uint8)
+
+
+def queue_on(gpu, stream, *arrays):
+    """Work on arrays that the caller lets go of at once: its memory is free, and still to be written."""
+    for array in arrays:
+        gpu.fill(bytes_of(array), 7, stream)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_memory_of_the_callers_pool_follows_the_stream_that_it_is_for(seed):
+    on = engine(World(1).endpoint(0), seed=seed)
+    backend, gpu, plan = on.backend, on.backend.calls, ringsim.RingAttention(WORK, engine=on)
+    q, k, v, _ = arrays()
+    exact, lse = dense_attention(WORK, q, k, v)
+    given = [backend.put(x) for x in (q, k, v)]
+    side = gpu.stream()
+    queue_on(gpu, gpu.current, backend.new(q.shape, q.dtype), backend.new(lse.shape, np.dtype(np.float32)))
+    made, made_lse = plan.with_lse(*given, stream=side)
+    assert largest(backend.get(made), exact) < 2e-6
+    assert largest(backend.get(made_lse), lse) < 1e-5
+    # on the stream that it was for the memory may be taken again, and what follows there is in order
+    queue_on(gpu, side, made)
+    del made
+    assert largest(backend.get(plan(*given, stream=side)), exact) < 2e-6
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_put_and_got_follows_the_current_stream(seed):
+    backend = engine(World(1).endpoint(0), seed=seed).backend
+    gpu, x = backend.calls, arrays()[0]
+    queue_on(gpu, gpu.current, backend.new(x.shape, x.dtype))
+    made = backend.put(x)
+    assert backend.get(made).tobytes() == x.tobytes()
+    queue_on(gpu, gpu.current, made)
+    assert set(backend.get(made).tobytes()) == set(backend.get(made.transpose(0, 2, 1, 3)).tobytes()) == {7}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_after_a_run_that_failed_the_callers_stream_still_follows_it(seed):
+    """What was queued before runs on, into the caller's arrays, which he may use for something else at once."""
+    on = engine(World(1).endpoint(0), seed=seed)
+    backend, gpu = on.backend, on.backend.calls
+
+    def fail(op, fetch, scale):
+        raise DeviceError("out of order")
+
+    backend._delta = fail
+    plan = ringsim.RingAttention(WORK, engine=on)
+    given = [backend.put(x) for x in arrays()]
+    out = backend.new(given[0].shape, given[0].dtype)
+    with pytest.raises(DeviceError, match=r"rank 0: at op \d+ \(delta, step \d\): out of order"):
+        plan.both(*given, out=out)
+    queue_on(gpu, gpu.current, out)
+    gpu.drain()
+    assert set(backend.get(out).tobytes()) == {7}
 
 
 def test_host_arrays_are_told_where_to_go():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..dtypes import accumulator, numpy_dtype
-from ..errors import ArrayError, RankMismatch
+from ..errors import ArrayError, DeviceError, RankMismatch
 from ..schedule import Schedule, Send
 from ..schedule.job import GIVEN, OF_ROWS, TAKEN
 from ..timeline import Timeline
@@ -19,8 +20,10 @@ from .walker import Backend, Walker, drive
 Array = npt.NDArray[Any]
 
 
-_ABANDONED: list[Memory] = []
-"""Buffers of runs that failed: a transport may still write into what was posted, so they must outlive the plan."""
+_ABANDONED: list[tuple[Memory, Backend]] = []
+"""Buffers of runs that failed: a transport may still write into what was posted, and a device into its scratch, so they must
+outlive the plan. To free a device's memory waits for the device, and that for what a transport began and a peer never ends.
+"""
 
 
 class Rank:
@@ -107,20 +110,20 @@ class Rank:
 
     def finish(self, walker: Walker, stream: Any = None) -> Array:
         """Keep the walker's measurements, release the caller's arrays; returns lse, made or given, (batch, heads, local seq)."""
-        lse = self._lse()
+        lse = self._lse(stream)
         self.backend.end(stream)
         self._walked = walker
         self.memory.release()
         return lse
 
-    def _lse(self) -> Array:
+    def _lse(self, stream: Any) -> Array:
         work = self.schedule.workload
         whole = self.schedule.job.home("lse", self.schedule.job.q_block(self.transport.rank))
         if not whole.nbytes:
             shape = (work.batch, work.heads, self.shapes()["q"][1])
             return self.backend.empty(0).view(numpy_dtype(whole.dtype)).reshape(shape)
         lse = self.memory.array(whole)
-        return lse if "lse" in self._given else self.backend.copy(lse)
+        return lse if "lse" in self._given else self.backend.copy(lse, stream)
 
     def run(self, *arrays: Array, stream: Any = None) -> Array:
         """Run once, writing the outputs; returns lse. Collective. Raises PeerTimeout, ArrayError, DeviceError.
@@ -132,6 +135,9 @@ class Rank:
             drive(walker, self.transport, timeout_s=self.timeout_s)
             return self.finish(walker, stream)
         except BaseException as error:
-            _ABANDONED.append(self.memory)
+            _ABANDONED.append((self.memory, self.backend))
             self.transport.failure = self.transport.failure or f"{type(error).__name__}: {error}"
+            # what is queued runs on, into the caller's arrays; a device that failed does nothing more, and `error` says so
+            with suppress(DeviceError):
+                self.backend.end(stream)
             raise

@@ -32,8 +32,8 @@ class Backend(Protocol):
     def view(self, name: str, value: Any) -> npt.NDArray[Any]:
         """An argument of the caller's as an array that shares its memory. Raises ArrayError where that is not the backend's."""
 
-    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array for the caller to keep."""
+    def new(self, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Any = None) -> npt.NDArray[Any]:
+        """An array for the caller to keep, and to use on `stream` (None: his current one)."""
 
     def put(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """A NumPy array's values in the backend's memory; on the host the array itself."""
@@ -60,8 +60,8 @@ class Backend(Protocol):
     def dense(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """An array that leaves, as one that can be sent as it is."""
 
-    def copy(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """A copy of an array of the run, as it is after all kernels so far."""
+    def copy(self, array: npt.NDArray[Any], stream: Any = None) -> npt.NDArray[Any]:
+        """A copy of an array of the run, as it is after all kernels so far, for the caller to keep and use on `stream`."""
 
     def begin(self, stream: Any) -> None:
         """A run begins: its kernels come after what the caller has queued on `stream` (None: on his current one)."""

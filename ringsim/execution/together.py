@@ -46,7 +46,7 @@ class Together:
         self.patience_s = patience_s
         world = World(schedule.world_size, link=link)
         ends: list[Transport] = [world.endpoint(rank) for rank in range(schedule.world_size)]
-        self.ranks = [
+        self.ranks: list[Rank] = [
             Rank(schedule, ends[rank], backend, beside=None if beside is None else beside.ranks[rank].memory)
             for rank, backend in enumerate(backends)
         ]

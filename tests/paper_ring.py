@@ -11,8 +11,7 @@ from ringsim.backends.cupy import CupyBackend
 from ringsim.backends.device_link import DeviceLink
 from ringsim.backends.loopback import World
 from ringsim.execution import Rank, drive_all
-from ringsim.execution.in_process import _assemble, _given, _rows
-from ringsim.schedule.job import TAKEN
+from ringsim.execution.assembly import assemble, given_arrays, room_of, rows_of
 
 PATIENCE_S = 30.0
 
@@ -42,15 +41,13 @@ class Ring:
     def run(self, *arrays, late=False, **others):
         """As ringsim.execute: global arrays in, a Result out. `late`: the caller's streams make the inputs after the call."""
         schedule, gpu = self.schedule, self.gpu
-        given = _given(schedule, dict(zip("qkv", arrays, strict=True)) | others)
+        given = given_arrays(schedule, dict(zip("qkv", arrays, strict=True)) | others)
         held, walkers, streams = [], [], []
         for number, rank in enumerate(self.ranks):
             self._poison(rank)
             streams.append(gpu.stream())
-            mine = {name: self._input(_rows(schedule, number, name, array), streams[-1], late) for name, array in given.items()}
-            for name in TAKEN[schedule.workload.pass_]:
-                mine[name] = rank.backend.new(rank.shapes()[name], rank.dtype(name))
-            held.append(mine)
+            mine = {name: self._input(rows_of(schedule, number, name, array), streams[-1], late) for name, array in given.items()}
+            held.append(mine | room_of(rank))
         gpu.log.clear()
         for rank, mine, stream in zip(self.ranks, held, streams, strict=True):
             walkers.append(rank.walker(*mine.values(), stream=stream))
@@ -63,7 +60,7 @@ class Ring:
             for mine, stream in zip(held, streams, strict=True)
         ]
         gpu.drain()
-        return _assemble(schedule, host, taken, None)
+        return assemble(schedule, host, taken, None)
 
     def _poison(self, rank):
         """Whatever an earlier run left in a slot must not be what a right answer rests on."""

@@ -1,6 +1,7 @@
 """The executor: walks a schedule on real arrays and measures each op."""
 
-from .in_process import Result, execute
+from .assembly import Result
+from .in_process import execute
 from .rank import Rank
 from .together import Together
 from .walker import Backend, Walker, drive, drive_all

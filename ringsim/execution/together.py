@@ -10,10 +10,9 @@ import numpy.typing as npt
 
 from ..errors import RankMismatch
 from ..schedule import Schedule
-from ..schedule.job import TAKEN
 from ..timeline import Timeline, gather
 from ..transport import Transport
-from .in_process import Result, _assemble, _given, _rows
+from .assembly import Result, assemble, given_arrays, room_of, shards_of
 from .rank import Rank
 from .walker import Backend, Walker, drive_all
 
@@ -53,17 +52,12 @@ class Together:
 
     def shards(self, **arrays: Array) -> list[Held]:
         """Each rank's rows of global NumPy arrays (q, k, v, and what else the pass takes), and room for what it makes."""
-        given = _given(self.schedule, arrays)
-        return [
-            {name: rank.backend.put(_rows(self.schedule, number, name, array)) for name, array in given.items()}
-            | self.room(number)
-            for number, rank in enumerate(self.ranks)
-        ]
+        given = given_arrays(self.schedule, arrays)
+        return [shards_of(rank, given) for rank in self.ranks]
 
     def room(self, number: int) -> Held:
         """New arrays for what the pass makes on one rank."""
-        rank = self.ranks[number]
-        return {name: rank.backend.new(rank.shapes()[name], rank.dtype(name)) for name in TAKEN[self.schedule.workload.pass_]}
+        return room_of(self.ranks[number])
 
     def walkers(self, held: Sequence[Held], stream: Any = None) -> list[Walker]:
         """A walker a rank, in the order of ranks. Raises ArrayError."""
@@ -95,4 +89,4 @@ class Together:
             for backend, mine in zip(backends, held, strict=True)
         ]
         statistics = [np.asarray(backend.get(lse)) for backend, lse in zip(backends, lses, strict=True)]
-        return _assemble(self.schedule, made, statistics, self.timeline())
+        return assemble(self.schedule, made, statistics, self.timeline())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Final
+from weakref import finalize
 
 from ringsim.backends.cuda import Calls, DeviceArray, Event, Stream
 from ringsim.backends.cuda_state import StateKernels
@@ -66,6 +67,8 @@ class CudnnTiles:
         self._most_scores = most_scores_nbytes
         calls.activate()
         self._handle = self._cudnn.create_handle()
+        # cudnnDestroy waits for the device: plans that it still runs must not go before; not at exit, where nothing is freed
+        finalize(self, self._cudnn.destroy_handle, self._handle).atexit = False
         self._state = StateKernels(calls)
         self._plans: dict[Problem, Plan] = {}
         self._workspace = Room(calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from .tile import Tile
@@ -36,6 +37,7 @@ class Part(NamedTuple):
     band: Band | None
 
 
+@lru_cache(maxsize=4096)
 def part_of(tile: Tile) -> Part | None:
     """The smallest rectangle that holds all that a tile sees, and its band; None if it sees nothing."""
     q, k = tile.q, tile.k

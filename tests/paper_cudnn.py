@@ -57,7 +57,12 @@ class PaperCudnn:
         return self.version
 
     def create_handle(self):
-        return Handle()
+        made = Handle()
+        self.log.append(("create_handle", made))
+        return made
+
+    def destroy_handle(self, handle):
+        self.log.append(("destroy_handle", handle))
 
     def set_stream(self, handle, stream):
         self.log.append(("set_stream", stream))

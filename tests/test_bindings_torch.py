@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import ringsim
-from ringsim.errors import ArrayError, RankMismatch, WorkloadError
+from ringsim.bindings.threads import check_threads
+from ringsim.errors import ArrayError, RankMismatch, TransportError, WorkloadError
 
 from .mpi_launch import program, run
 
@@ -53,6 +55,31 @@ def test_two_layers_on_one_plan_have_the_gradients_of_dense_attention(dtype: str
     own = ours.gradients(lambda *x: ours.dense(workload, *x), given) if dtype in HALF else wanted
     assert ours.distance(found, wanted) < BOUND.get(dtype, 2.5 * ours.distance(own, wanted) + 2e-3)
     assert plan.saved is None
+
+
+def test_what_is_made_is_of_torchs_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU only its allocator knows which streams still use a tensor."""
+    plan, made = plan_of(), []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *given, **named: made.append(empty(*given, **named)) or made[-1])
+    given = inputs_of(plan)
+    out = attention(plan, *given)
+    found = out, *torch.autograd.grad(out.sin().sum(), given)
+    assert [x.data_ptr() for x in made] == [x.data_ptr() for x in found]
+
+
+def test_mpi_must_allow_the_threads_of_a_backward_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+
+    class FakeMpi:
+        THREAD_SERIALIZED = 2
+        Query_thread = staticmethod(lambda: 1)
+
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", FakeMpi)
+    check_threads(plan, "torch")
+    monkeypatch.setattr(plan, "schedule", ringsim.Schedule(workload=plan.schedule.workload, world_size=2))
+    with pytest.raises(TransportError, match=r"torch calls back on threads of its own.*thread_level"):
+        check_threads(plan, "torch")
 
 
 @pytest.mark.parametrize("mask", ours.MASKS)

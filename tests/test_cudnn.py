@@ -181,6 +181,15 @@ def test_each_stream_is_bound_and_takes_the_workspace_over_by_an_event(monkeypat
     bench.gpu.drain()
 
 
+def test_the_handle_goes_with_the_tiles_and_waits_for_what_their_plans_still_do(monkeypatch):
+    """A one-shot call makes a handle each time, and its plans would be unloaded while the device runs them."""
+    bench = Bench(monkeypatch)
+    (made,) = bench.cudnn.log
+    assert made[0] == "create_handle"
+    del bench.tiles
+    assert bench.cudnn.log == [made, ("destroy_handle", made[1])]
+
+
 def test_streams_with_an_address_are_given_by_it(monkeypatch):
     bench = Bench(monkeypatch)
     bench.cudnn.defer = lambda function, stream: function()

@@ -167,6 +167,21 @@ def test_after_a_run_that_failed_the_callers_stream_still_follows_it(seed):
     assert set(backend.get(out).tobytes()) == {7}
 
 
+def test_a_device_that_fails_after_the_last_op_is_named_with_its_rank():
+    backend, plan = alone()
+    given = [backend.put(x) for x in arrays()[:3]]
+    plan(*given)
+
+    def fail():
+        raise ArithmeticError("an illegal address")
+
+    backend.calls.defer(fail, backend.stream)
+    with pytest.raises(DeviceError, match=r"rank 0: reading the times of a run: the device failed: .*an illegal address"):
+        plan.timeline()
+    with pytest.raises(DeviceError, match=r"rank 0: (beginning a run|at op \d+ .*): the device failed"):
+        plan(*given)
+
+
 def test_host_arrays_are_told_where_to_go():
     _, plan = alone()
     with pytest.raises(RankMismatch, match="q is ndarray, not memory of the paper GPU"):

@@ -9,7 +9,6 @@ a side effect that it keeps even where the result is unused. docs/autograd.md ha
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,8 @@ import numpy.typing as npt
 
 from ..attention import RingAttention, Saved
 from ..dtypes import accumulator, numpy_dtype
-from ..errors import ArrayError, MissingDependency, TransportError
+from ..errors import ArrayError, MissingDependency
+from .threads import check_threads
 
 try:
     import jax
@@ -45,7 +45,7 @@ def attention(plan: RingAttention, q: jax.Array, k: jax.Array, v: jax.Array) -> 
     refuses jax.vmap, jax.checkpoint, jvp and second derivatives of it, by errors of its own. FlashAttention-2, arXiv 2307.08691,
     algorithm 2.
     """
-    _check_threads(plan)
+    check_threads(plan, "JAX")
     packed = _check_arrays(plan, {"q": q, "k": k, "v": v})
     out: jax.Array = _attention(_Forward(plan, packed), q, k, v)
     return out
@@ -99,17 +99,6 @@ def _backward(host: _Forward, saved: tuple[jax.Array, ...], dout: jax.Array) -> 
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _check_threads(plan: RingAttention) -> None:
-    """Raise TransportError where a thread of XLA may not call MPI."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is None or plan.schedule.world_size == 1 or mpi.Query_thread() >= mpi.THREAD_SERIALIZED:
-        return
-    raise TransportError(
-        "JAX calls back on threads of its own, and MPI was initialised for one thread alone; "
-        "set mpi4py.rc.thread_level = 'multiple' before the first import of mpi4py.MPI"
-    )
 
 
 def _check_arrays(plan: RingAttention, given: dict[str, Any]) -> bool:

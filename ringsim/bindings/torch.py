@@ -1,7 +1,7 @@
 """Ring attention in PyTorch's autograd: a call in the graph, whose backward is the plan's.
 
-Torch runs the backward of CPU tensors on the thread that asks for it, last call first: ranks that built the same graph meet in
-the same order. docs/autograd.md has an example.
+Torch runs the backward of CPU tensors on the thread that asks for it, that of CUDA tensors on one thread for each device, last
+call first: ranks that built the same graph meet in the same order. docs/autograd.md has an example.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..attention import RingAttention, Saved
 from ..errors import ArrayError, MissingDependency, WorkloadError
+from .threads import check_threads
 
 try:
     import torch
@@ -29,13 +30,16 @@ def attention(plan: RingAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     calls need gradients, and all ranks go back through them. One plan serves any number of layers, since a call keeps what its
     backward needs (q, k, v, out and lse) in the graph and not in the plan. Works under torch.utils.checkpoint, which calls again;
     under torch.compile call ``torch.compiler.disable(attention)``.
-    Raises ArrayError for what is no dense tensor, WorkloadError for a second derivative, forward mode and vmap, and what a call
-    of the plan raises, at once or out of ``backward``: a tensor that does not fit or lies on a device is a RankMismatch on every
-    rank. FlashAttention-2, arXiv 2307.08691, algorithm 2.
+    Raises ArrayError for what is no dense tensor, WorkloadError for a second derivative, forward mode and vmap, TransportError
+    where MPI may not be called by the backward of CUDA tensors, and what a call of the plan raises, at once or out of
+    ``backward``: a tensor that does not fit or lies on a device is a RankMismatch on every rank. FlashAttention-2, arXiv
+    2307.08691, algorithm 2.
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise ArrayError(f"{name} is {getattr(value, 'layout', type(value).__name__)}; expected a dense torch tensor")
+    if q.is_cuda:
+        check_threads(plan, "torch's backward of CUDA tensors")
     out: torch.Tensor = _Attention.apply(plan, q, k, v)[0]
     return out
 
@@ -45,10 +49,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: RingAttention, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        made = plan.with_lse(*(tensor.detach() for tensor in inputs), stream=_stream(inputs[0]))
+        (out,) = _room(plan, inputs[0], ("out",))
+        _, lse = plan.with_lse(*(tensor.detach() for tensor in inputs), out=out, stream=_stream(inputs[0]))
         # the graph keeps what this call needs, for as long as it needs it
         plan.saved = None
-        return tuple(_tensor(array) for array in made)
+        return out, _tensor(lse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -82,8 +87,9 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(plan: RingAttention, call: int, dout: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         arrays: list[Any] = [tensor.detach() for tensor in saved]
-        made = plan.backward(dout.detach(), Saved(*arrays).of_call(call), stream=_stream(dout))
-        return tuple(_tensor(array) for array in made)
+        dq, dk, dv = _room(plan, dout, ("q", "k", "v"))
+        plan.backward(dout.detach(), Saved(*arrays).of_call(call), dq=dq, dk=dk, dv=dv, stream=_stream(dout))
+        return dq, dk, dv
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -94,6 +100,16 @@ class _Gradients(torch.autograd.Function):
         raise WorkloadError("the gradients of ring attention have no derivative here: there is no second derivative")
 
     vmap = _Attention.vmap
+
+
+def _room(plan: RingAttention, like: torch.Tensor, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+    """Tensors shaped as these arrays of the plan, where `like` lies, without the batch if it has none.
+
+    Of torch's own memory: its allocator counts them, and knows the streams that they are recorded on.
+    """
+    dtype = getattr(torch, plan.schedule.workload.dtype)
+    shapes = (plan.shapes[name][like.ndim == 3 :] for name in names)
+    return tuple(torch.empty(shape, dtype=dtype, device=like.device) for shape in shapes)
 
 
 def _stream(tensor: torch.Tensor) -> Any:

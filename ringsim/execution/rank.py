@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,8 @@ class Rank:
         """What the last run that came to its end took; of a device, once that has come to its end too, for which this waits."""
         if self._timeline is None and self._walked is not None:
             digest, world_size = self.schedule.digest, self.schedule.world_size
-            events = self._walked.measured()
+            with self._named("reading the times of a run"):
+                events = self._walked.measured()
             self._timeline = Timeline(source="measured", digest=digest, world_size=world_size, events=events)
         return self._timeline
 
@@ -105,16 +107,26 @@ class Rank:
         }
         self.memory.bind(**held)
         self._walked = self._timeline = None
-        self.backend.begin(stream)
+        with self._named("beginning a run"):
+            self.backend.begin(stream)
         return Walker(self._ops, self.memory, self.backend, self.transport, self.schedule.workload.softmax_scale)
 
     def finish(self, walker: Walker, stream: Any = None) -> Array:
         """Keep the walker's measurements, release the caller's arrays; returns lse, made or given, (batch, heads, local seq)."""
-        lse = self._lse(stream)
-        self.backend.end(stream)
+        with self._named("ending a run"):
+            lse = self._lse(stream)
+            self.backend.end(stream)
         self._walked = walker
         self.memory.release()
         return lse
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """The device's errors outside of any op, which name no rank."""
+        try:
+            yield
+        except DeviceError as error:
+            raise DeviceError(f"rank {self.transport.rank}: {what}: {error}") from error
 
     def _lse(self, stream: Any) -> Array:
         work = self.schedule.workload

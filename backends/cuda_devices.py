@@ -12,6 +12,9 @@ from ringsim.transport import Transport
 TENSOR_CORES: Final = (8, 0)
 """The compute capability whose `mma.sync` our own kernels use."""
 
+SCORES: Final = 16
+"""The part of a device's memory that cuDNN's backward pass may keep score gradients in, where it knows no other order."""
+
 
 def device_of(control: Transport) -> int:
     """This rank's device among those that it sees: by its number on its host, round and round where there are more ranks.
@@ -33,7 +36,8 @@ def tiles_on(calls: CupyCalls) -> tuple[Tiles, ...]:
     try:
         from ringsim.backends.cudnn import CudnnTiles
 
-        return CudnnTiles(calls, capability=calls.capability), own
+        most = int(calls.facts()["memory_nbytes"]) // SCORES
+        return CudnnTiles(calls, capability=calls.capability, most_scores_nbytes=most), own
     except MissingDependency:
         # what is used then stands in the facts of every measurement, and in what `ringsim doctor` says
         return (own,)

@@ -10,7 +10,17 @@ from ringsim.backends.cuda import Calls, DeviceArray, Event, Stream
 from ringsim.backends.cuda_state import StateKernels
 from ringsim.backends.cuda_strides import address_of
 from ringsim.backends.cuda_tiles import Backward, Band, Forward
-from ringsim.backends.cudnn_limits import ALIGNMENT, LSE_READ_WITH_STRIDES, ORDERED_DQ, Given, bounds_of, misfits, refusals
+from ringsim.backends.cudnn_limits import (
+    ALIGNMENT,
+    LSE_READ_WITH_STRIDES,
+    ORDERED_DQ,
+    Given,
+    bounds_of,
+    misfits,
+    refusals,
+    shares_of,
+    stores_scores,
+)
 from ringsim.backends.cudnn_plans import BACKWARD, Plan, Problem, build, execute, layout_of, load, versions
 from ringsim.dtypes import ITEMSIZE, numpy_dtype
 from ringsim.errors import DeviceError
@@ -107,7 +117,13 @@ class CudnnTiles:
             self._state.copy(operands.lse, lse, stream)
 
     def attend_backward(self, operands: Backward, band: Band | None, scale: float, stream: Stream) -> None:
-        """Queue one tile backward. Raises DeviceError where cuDNN cannot."""
+        """Queue one tile backward, by so many heads at a time as the limit on score gradients allows. Raises DeviceError where
+        cuDNN cannot.
+        """
+        for share in shares_of(operands, self._most_scores if stores_scores(self._given) else None):
+            self._share_backward(share, band, scale, stream)
+
+    def _share_backward(self, operands: Backward, band: Band | None, scale: float, stream: Stream) -> None:
         self._follow(stream)
         dout = operands.dout
         dtype = dout.dtype.name

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from ringsim.backends.cuda import DeviceArray
 from ringsim.backends.cuda_strides import address_of
-from ringsim.backends.cuda_tiles import Band
+from ringsim.backends.cuda_tiles import Backward, Band
 
 DTYPES: Final = ("float16", "bfloat16")
 OLDEST: Final = 91300
@@ -114,10 +114,9 @@ def misfits(given: Given, arrays: Sequence[DeviceArray], band: Band | None, *, m
         if found is not None:
             yield found
     if backward:
-        needed = scores_nbytes(arrays[0], keys)
-        ordered = given.capability[0] == 9 and given.version >= ORDERED_DQ
-        if given.squares and not ordered and needed > most_scores:
-            yield f"cuDNN's deterministic backward pass would store {needed} bytes, 2 of each pair (limit: {most_scores})"
+        needed = least_scores_nbytes(arrays[0], arrays[1])
+        if stores_scores(given) and needed > most_scores:
+            yield f"cuDNN's deterministic backward pass would store {needed} bytes a head, 2 of each pair (limit: {most_scores})"
 
 
 def misaligned(name: str, array: DeviceArray) -> str | None:
@@ -127,6 +126,43 @@ def misaligned(name: str, array: DeviceArray) -> str | None:
     if any(stride % ALIGNMENT for stride, count in zip(array.strides[:-1], array.shape[:-1], strict=True) if count > 1):
         return f"{name} has strides of {array.strides} bytes, not all multiples of {ALIGNMENT}, which cuDNN wants"
     return None
+
+
+def stores_scores(given: Given) -> bool:
+    """Whether the deterministic backward pass keeps the score gradients, and no other way is there."""
+    return given.squares and not (given.capability[0] == 9 and given.version >= ORDERED_DQ)
+
+
+def least_scores_nbytes(q: DeviceArray, k: DeviceArray) -> int:
+    """Bytes of the score gradients of the query heads of one key/value head of one sequence: what one call must do together."""
+    group = q.shape[2] // k.shape[2]
+    return scores_nbytes(q[:1, :, :group], k.shape[1])
+
+
+def shares_of(operands: Backward, most_scores: int | None) -> Iterator[Backward]:
+    """A tile cut by sequences and key/value heads, so that the score gradients of each part stay within a limit."""
+    q, k = operands.q, operands.k
+    sequences, heads = q.shape[0], k.shape[2]
+    if most_scores is not None and scores_nbytes(q, k.shape[1]) > most_scores:
+        heads = max(1, min(heads, most_scores // max(1, least_scores_nbytes(q, k))))
+        sequences = 1
+    group = q.shape[2] // k.shape[2]
+    for batch in range(0, q.shape[0], sequences):
+        for head in range(0, k.shape[2], heads):
+            own = slice(head, min(head + heads, k.shape[2]))
+            of_queries, of_keys = slice(own.start * group, own.stop * group), own
+            some = slice(batch, batch + sequences)
+            yield Backward(
+                q=q[some, :, of_queries],
+                k=k[some, :, of_keys],
+                v=operands.v[some, :, of_keys],
+                dout=operands.dout[some, :, of_queries],
+                lse=operands.lse[some, of_queries],
+                delta=operands.delta[some, of_queries],
+                dq=operands.dq[some, :, of_queries],
+                dk=operands.dk[some, :, of_keys],
+                dv=operands.dv[some, :, of_keys],
+            )
 
 
 def scores_nbytes(q: DeviceArray, keys: int) -> int:

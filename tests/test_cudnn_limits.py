@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from ringsim.backends.cuda_tiles import Band
+from ringsim.backends.cuda_tiles import Backward, Band
 from ringsim.backends.cudnn import CudnnTiles
-from ringsim.backends.cudnn_limits import Given, misfits, refusals, scores_nbytes
+from ringsim.backends.cudnn_limits import Given, least_scores_nbytes, misfits, refusals, scores_nbytes, shares_of
 from ringsim.errors import DeviceError, MissingDependency
 
 from .cudnn_bench import Bench, check_forward
@@ -71,8 +71,10 @@ def test_tiles_that_do_not_suit_cudnn_are_left_to_other_kernels():
 
 def test_score_gradients_beyond_the_limit_are_refused_where_nothing_else_is_deterministic():
     arrays = operands_of(100, 200, backward=True)
-    needed = scores_nbytes(arrays[0], 200)
-    assert needed == 1 * 2 * 128 * 256 * 2
+    # what the query heads of one key/value head take is the least that one call can do
+    needed = least_scores_nbytes(*arrays[:2])
+    assert scores_nbytes(arrays[0], 200) == 1 * 2 * 128 * 256 * 2
+    assert needed == (arrays[0].shape[2] // arrays[1].shape[2]) * 128 * 256 * 2
     for capability, version, refused in (
         ((8, 0), 92800, True),
         ((9, 0), 92700, False),
@@ -80,11 +82,38 @@ def test_score_gradients_beyond_the_limit_are_refused_where_nothing_else_is_dete
         ((12, 0), 92800, True),
     ):
         found = reasons(Given(version, capability), arrays, most_scores=needed - 1)
-        assert [f"would store {needed} bytes" in one for one in found] == [True] * refused
+        assert [f"would store {needed} bytes a head" in one for one in found] == [True] * refused
         assert reasons(Given(version, capability), arrays, most_scores=needed) == []
     old = Given(92400, (9, 0))
     assert "would store" in reasons(old, arrays, most_scores=needed - 1)[0]
     assert reasons(old, arrays) == []
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 100])
+def test_a_tile_is_shared_out_by_heads_where_score_gradients_are_limited(most):
+    """Every part within the limit, or one key/value head of one sequence; together each element once."""
+    shapes = (
+        (2, 7, 10, 4),
+        (2, 9, 5, 4),
+        (2, 9, 5, 3),
+        (2, 7, 10, 3),
+        (2, 10, 7),
+        (2, 10, 7),
+        (2, 7, 10, 4),
+        (2, 9, 5, 4),
+        (2, 9, 5, 3),
+    )
+    whole = Backward(*(np.zeros(shape) for shape in shapes))
+    least = least_scores_nbytes(whole.q, whole.k)
+    parts = list(shares_of(whole, most * least))
+    for part in parts:
+        assert scores_nbytes(part.q, 9) <= most * least
+        assert part.q.shape[2] == 2 * part.k.shape[2] == part.lse.shape[1] == part.delta.shape[1]
+        for one in part:
+            one += 1
+    assert all((one == 1).all() for one in whole)
+    assert len(parts) == (1 if most == 100 else 2 * -(-5 // most))
+    assert list(shares_of(whole, None))[0].q.shape == whole.q.shape
 
 
 def test_a_tile_given_all_the_same_is_an_error(monkeypatch):

@@ -92,17 +92,8 @@ def test_score_gradients_beyond_the_limit_are_refused_where_nothing_else_is_dete
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 100])
 def test_a_tile_is_shared_out_by_heads_where_score_gradients_are_limited(most):
     """Every part within the limit, or one key/value head of one sequence; together each element once."""
-    shapes = (
-        (2, 7, 10, 4),
-        (2, 9, 5, 4),
-        (2, 9, 5, 3),
-        (2, 7, 10, 3),
-        (2, 10, 7),
-        (2, 10, 7),
-        (2, 7, 10, 4),
-        (2, 9, 5, 4),
-        (2, 9, 5, 3),
-    )
+    operands = (2, 7, 10, 4), (2, 9, 5, 4), (2, 9, 5, 3)
+    shapes = (*operands, (2, 7, 10, 3), (2, 10, 7), (2, 10, 7), *operands)
     whole = Backward(*(np.zeros(shape) for shape in shapes))
     least = least_scores_nbytes(whole.q, whole.k)
     parts = list(shares_of(whole, most * least))
@@ -110,10 +101,10 @@ def test_a_tile_is_shared_out_by_heads_where_score_gradients_are_limited(most):
         assert scores_nbytes(part.q, 9) <= most * least
         assert part.q.shape[2] == 2 * part.k.shape[2] == part.lse.shape[1] == part.delta.shape[1]
         for one in part:
-            one += 1
+            one[...] += 1
     assert all((one == 1).all() for one in whole)
     assert len(parts) == (1 if most == 100 else 2 * -(-5 // most))
-    assert list(shares_of(whole, None))[0].q.shape == whole.q.shape
+    assert next(shares_of(whole, None)).q.shape == whole.q.shape
 
 
 def test_a_tile_given_all_the_same_is_an_error(monkeypatch):

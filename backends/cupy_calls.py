@@ -232,8 +232,8 @@ class CupyCalls:
             "compute_capability": "{}.{}".format(*self.capability),
             "units": int(properties["multiProcessorCount"]),
             "memory_nbytes": int(properties["totalGlobalMem"]),
-            "uuid": properties["uuid"].hex(),
-            "pci_bus": self._runtime.deviceGetPCIBusId(self.device),
+            # CuPy gives the uuid up to its first byte that is 0: its place on the host tells GPUs apart all the same
+            "uuid": f"{self._runtime.deviceGetPCIBusId(self.device)}/{properties['uuid'].hex()}",
             "driver": self._runtime.driverGetVersion(),
             "runtime": self._runtime.runtimeGetVersion(),
             "nvrtc": list(nvrtc.getVersion()),

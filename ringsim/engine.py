@@ -93,14 +93,14 @@ def _on_device(control: Transport, transport: str, peers: Callable[[], Iterable[
     facts = calls.facts() | {"fused": [one.name for one in made.tiles]}
     for fused in made.tiles:
         facts |= fused.facts()
-    uuids = control.allgather(facts["uuid"])
-    facts["ranks_on_device"] = uuids.count(facts["uuid"])
+    gpus = list(zip(control.hosts, control.allgather(facts["uuid"]), strict=True))
+    facts["ranks_on_device"] = gpus.count(gpus[control.rank])
     if control.world_size == 1:
         return Engine(backend=made, transport=control, control=control, said="transport none: one rank", facts=facts)
     sent = control.allgather(range(control.world_size) if peers is None else sorted(set(peers())))
     pairs = [(source, target) for source, targets in enumerate(sent) for target in targets if source != target]
     chosen = choose(transport, control, calls, facts, pairs=pairs)
-    most = max(uuids.count(uuid) for uuid in uuids)
+    most = max(gpus.count(gpu) for gpu in gpus)
     facts["transports_refused"] = {refused.name: refused.why for refused in chosen.tried}
     said = chosen.reason + (f"; up to {most} ranks share a GPU, and its time" if most > 1 else "")
     return Engine(backend=made, transport=chosen.transport, control=control, said=said, facts=facts)

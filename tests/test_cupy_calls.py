@@ -187,7 +187,7 @@ def test_facts(calls, monkeypatch):
     monkeypatch.setattr("cupy_backends.cuda.libs.nvrtc.getVersion", lambda: (13, 5))
     facts = calls.facts()
     assert (facts["device"], facts["compute_capability"], facts["units"]) == ("Paper", "9.0", 132)
-    assert facts["uuid"] == bytes(range(16)).hex()
+    assert facts["uuid"] == f"0000:18:00.0/{bytes(range(16)).hex()}"
     assert calls.capability == (9, 0)
 
 

@@ -45,6 +45,9 @@ class Calls(Protocol):
     def caller(self, stream: Any) -> Stream:
         """The caller's stream: CuPy's, torch's, the address of one as an int; None is the current one of CuPy in this thread."""
 
+    def clocks(self) -> dict[str, Any]:
+        """The device's clocks now, in MHz, as its driver reports them; or why they are not known."""
+
     def view(self, name: str, value: Any) -> DeviceArray:
         """The caller's argument `name` as an array of this device that shares its memory. Raises ArrayError."""
 

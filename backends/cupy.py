@@ -55,6 +55,10 @@ class CupyBackend:
         """Bytes of device memory held as scratch now: partial outputs, and what the fused kernels hold."""
         return self._partials.ledger.pool.nbytes + sum(one.nbytes for one in self.tiles)
 
+    def state(self) -> dict[str, Any]:
+        """What of the device changes from run to run: its clocks."""
+        return {"clocks": self.calls.clocks()}
+
     def view(self, name: str, value: Any) -> DeviceArray:
         """An argument as an array of this device that shares its memory. Raises ArrayError where it lies elsewhere."""
         return self.calls.view(name, value)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ringsim.arrays import on_device
 from ringsim.backends.cuda import DeviceArray, Event, Kernel, Launch, Stream
+from ringsim.backends.cuda_clocks import clocks_of
 from ringsim.backends.cuda_sources import definitions, text_of
 from ringsim.dtypes import numpy_dtype
 from ringsim.errors import ArrayError, DeviceError, MissingDependency
@@ -221,6 +222,10 @@ class CupyCalls:
         """The device's compute capability."""
         properties = self._runtime.getDeviceProperties(self.device)
         return int(properties["major"]), int(properties["minor"])
+
+    def clocks(self) -> dict[str, Any]:
+        """Its clocks now, by nvidia-smi."""
+        return clocks_of(self._runtime.deviceGetPCIBusId(self.device))
 
     def facts(self) -> dict[str, Any]:
         """What a measurement on this device depends on: its name and size, the driver, the libraries."""

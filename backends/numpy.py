@@ -101,6 +101,10 @@ class NumpyBackend:
         """The lowering of the backward for tiles computed in `dtype` (that of the sums)."""
         return self._backward_blocking or backward_blocking_for(self.cache, dtype)
 
+    def state(self) -> dict[str, Any]:
+        """Nothing that this process could read changes from run to run."""
+        return {}
+
     def view(self, name: str, value: object) -> Array:
         """An argument as a NumPy array that shares its memory. Raises ArrayError."""
         return host_view(name, value)

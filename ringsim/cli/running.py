@@ -191,6 +191,7 @@ def facts(engine: Engine) -> dict[str, Any]:
         "cores": available_cores(),
         **cpu.describe(),
         **engine.facts,
+        **engine.backend.state(),
     }
 
 

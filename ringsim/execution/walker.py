@@ -29,6 +29,9 @@ class Backend(Protocol):
     def name(self) -> str:
         """``numpy`` or ``cupy``."""
 
+    def state(self) -> dict[str, Any]:
+        """What measurements depend on and may change from run to run."""
+
     def view(self, name: str, value: Any) -> npt.NDArray[Any]:
         """An argument of the caller's as an array that shares its memory. Raises ArrayError where that is not the backend's."""
 

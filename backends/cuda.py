@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ DeviceArray = Any
 """An array in device memory, CuPy's or what a test has in its place: `dtype`, `shape`, `strides`, slices and views as NumPy's."""
 Stream = Any
 Event = Any
+INSTALL: Final = "pip install 'ringsim[gpu-cuda13]' ('ringsim[gpu-cuda12]' for a driver of CUDA 12)"
+"""What brings CuPy, cuDNN and what they need."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

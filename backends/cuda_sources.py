@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.resources import files
 from typing import Final
 
-from ringsim.backends.cuda import Kernel
+from ringsim.backends.cuda import INSTALL, Kernel
 from ringsim.errors import DeviceError, MissingDependency
 
 C_TYPES: Final = {"float64": "double", "float32": "float", "float16": "half_t", "bfloat16": "bf16_t"}
@@ -80,7 +80,7 @@ def compile_source(source: str, types: tuple[tuple[str, str], ...], arch: str) -
     try:
         from cupy_backends.cuda.libs import nvrtc
     except ImportError as error:
-        raise MissingDependency(f"compiling CUDA kernels needs CuPy ({error}): pip install 'ringsim[gpu-cuda13]'") from error
+        raise MissingDependency(f"compiling CUDA kernels needs CuPy ({error}): {INSTALL}") from error
     program = nvrtc.createProgram(text_of(source), source, (), ())
     try:
         nvrtc.compileProgram(program, ("-std=c++17", f"-arch={arch}", *definitions(types)))

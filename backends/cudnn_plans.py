@@ -8,12 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
-from ringsim.backends.cuda import DeviceArray
+from ringsim.backends.cuda import INSTALL, DeviceArray
 from ringsim.backends.cudnn_limits import ALIGNMENT, spelled
 from ringsim.dtypes import ITEMSIZE
 from ringsim.errors import DeviceError, MissingDependency
 
-REMEDY: Final = "pip install 'ringsim[gpu-cuda13]' ('ringsim[gpu-cuda12]' for a driver of CUDA 12)"
 FORWARD: Final = ("q", "k", "v", "out", "lse")
 BACKWARD: Final = ("q", "k", "v", "o", "dout", "lse", "dq", "dk", "dv")
 SCORES_LIMIT: Final = "CUDNN_FRONTEND_ATTN_DP_WORKSPACE_LIMIT"
@@ -91,12 +90,12 @@ def load() -> Any:
     try:
         import cudnn
     except ImportError as error:
-        raise MissingDependency(f"cuDNN's attention needs its frontend, which cannot be imported ({error}): {REMEDY}") from error
+        raise MissingDependency(f"cuDNN's attention needs its frontend, which cannot be imported ({error}): {INSTALL}") from error
     try:
         cudnn.backend_version()
     except RuntimeError as error:
         raise MissingDependency(
-            f"the cuDNN frontend {cudnn.__version__} finds no libcudnn.so.9 ({error}) and brings none: {REMEDY}"
+            f"the cuDNN frontend {cudnn.__version__} finds no libcudnn.so.9 ({error}) and brings none: {INSTALL}"
         ) from error
     return cudnn
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ringsim.arrays import on_device
-from ringsim.backends.cuda import DeviceArray, Event, Kernel, Launch, Stream
+from ringsim.backends.cuda import INSTALL, DeviceArray, Event, Kernel, Launch, Stream
 from ringsim.backends.cuda_clocks import clocks_of
 from ringsim.backends.cuda_sources import definitions, text_of
 from ringsim.dtypes import numpy_dtype
@@ -39,8 +39,7 @@ def load() -> Any:
     try:
         import cupy
     except ImportError as error:
-        remedy = "pip install 'ringsim[gpu-cuda13]' ('ringsim[gpu-cuda12]' for a driver of CUDA 12)"
-        raise MissingDependency(f"backend 'cupy' needs CuPy, which cannot be imported ({error}): {remedy}") from error
+        raise MissingDependency(f"backend 'cupy' needs CuPy, which cannot be imported ({error}): {INSTALL}") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -210,12 +209,23 @@ class CupyCalls:
 
     def _function(self, kernel: Kernel) -> Any:
         if kernel not in self._modules:
+            code, options = text_of(kernel.source), ("-std=c++17", *definitions(kernel.types))
             try:
-                module = self._cupy.RawModule(code=text_of(kernel.source), options=("-std=c++17", *definitions(kernel.types)))
-                self._modules[kernel] = module.get_function(kernel.name)
+                with self._compiling():
+                    self._modules[kernel] = self._cupy.RawModule(code=code, options=options).get_function(kernel.name)
             except self._cupy.cuda.compiler.CompileException as error:
                 raise DeviceError(f"kernel {kernel.name} of {kernel.source} does not compile here: {error}") from error
         return self._modules[kernel]
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """CuPy's errors where it finds no NVRTC or no CUDA headers, which it wants even for what includes none, as ours."""
+        try:
+            yield
+        except self._runtime.CUDARuntimeError:
+            raise
+        except RuntimeError as error:
+            raise MissingDependency(f"CuPy cannot compile kernels here ({error}): {INSTALL}") from error
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -232,6 +242,8 @@ class CupyCalls:
         properties = self._runtime.getDeviceProperties(self.device)
         from cupy_backends.cuda.libs import nvrtc
 
+        with self._compiling():
+            compiler = list(nvrtc.getVersion())
         return {
             "device": properties["name"].decode(),
             "compute_capability": "{}.{}".format(*self.capability),
@@ -241,7 +253,7 @@ class CupyCalls:
             "uuid": f"{self._runtime.deviceGetPCIBusId(self.device)}/{properties['uuid'].hex()}",
             "driver": self._runtime.driverGetVersion(),
             "runtime": self._runtime.runtimeGetVersion(),
-            "nvrtc": list(nvrtc.getVersion()),
+            "nvrtc": compiler,
             "cupy": self._cupy.__version__,
         }
 

@@ -90,7 +90,7 @@ def _on_device(control: Transport, transport: str, peers: Callable[[], Iterable[
 
     calls = _on_every_rank(control, lambda: CupyCalls(device_of(control)))
     made = _on_every_rank(control, lambda: CupyBackend(calls, tiles_on(calls)))
-    facts = calls.facts() | {"fused": [one.name for one in made.tiles]}
+    facts = _on_every_rank(control, calls.facts) | {"fused": [one.name for one in made.tiles]}
     for fused in made.tiles:
         facts |= fused.facts()
     gpus = list(zip(control.hosts, control.allgather(facts["uuid"]), strict=True))

@@ -94,6 +94,7 @@ def library(text, *files):
 def cuda(devices=8, *, driver=13000, runtime=13000, **others):
     """What CuPy and its libraries say."""
     facts = {"cupy": "14.2.0", "failed": {}, "runtime": runtime, "driver": driver, "nvrtc": "13.0", "nccl": 22907}
+    facts |= {"headers": "/opt/cuda/include"}
     facts |= {"cudnn_frontend": "1.32.0", "cudnn": 91300, "devices": [f"0000:{bus}:00.0" for bus in BUSES[:devices]]}
     return facts | {"peers": [[True] * devices for _ in range(devices)]} | others
 
@@ -152,7 +153,7 @@ def example():
     """The ranks that docs/clusters.md shows: (systems, hosts). One rank on the wrong socket, one host with another driver."""
     bound = [tuple(range(14)), tuple(range(70, 84))]
     systems = [
-        dgx(cores=cores, host=host, driver=driver) for host, driver in ((1, "580.126.20"), (2, "570.86.15")) for cores in bound
+        dgx(cores=cores, host=host, driver=driver) for host, driver in ((1, "580.126.20"), (2, "580.65.06")) for cores in bound
     ]
     foreign = [replace(system, commands=system.commands | {"mpiexec": OPEN_MPI}) for system in systems]
     return foreign, ["nid1", "nid1", "nid2", "nid2"]

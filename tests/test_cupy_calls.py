@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -135,6 +136,15 @@ def test_kernels_that_fail(paper, calls):
     paper.failing["compile"] = CompileException("no such type")
     with pytest.raises(DeviceError, match=r"kernel copy of copies.cu does not compile here: no such type"):
         calls.launch(Kernel(source="copies.cu", name="copy"), shape, (), stream)
+
+
+def test_what_cupy_lacks_to_compile_is_said_with_what_brings_it(paper, calls, monkeypatch):
+    paper.failing["compile"] = RuntimeError("Failed to find CUDA headers.")
+    with pytest.raises(MissingDependency, match=r"Failed to find CUDA headers\.\): pip install 'ringsim\[gpu-cuda13\]'"):
+        calls.launch(CLEAR, Launch((1, 1, 1), (32, 1, 1)), (), calls.stream())
+    monkeypatch.setattr("cupy_backends.cuda.libs.nvrtc.getVersion", Mock(side_effect=RuntimeError("no libnvrtc.so.13")))
+    with pytest.raises(MissingDependency, match=r"no libnvrtc.so.13\): pip install"):
+        calls.facts()
 
 
 def test_the_callers_stream(paper, calls):

@@ -217,6 +217,12 @@ def test_gpu_support_of_cray_mpich_wants_its_gtl():
         (cuda(0, failed={"devices": "CUDARuntimeError: cudaErrorNoDevice"}), "driver for CUDA", "wrong", "sees none"),
         (cuda(cudnn=None, failed={"cudnn": "ModuleNotFoundError: cudnn"}), "cuDNN", "note", "ringsim's own kernels"),
         (cuda(nvrtc=None, failed={"nvrtc": "RuntimeError: libnvrtc"}), "NVRTC", "wrong", "nothing compiles"),
+        (
+            cuda(headers=None, failed={"headers": "FileNotFoundError: no toolkit"}),
+            "CUDA headers",
+            "wrong",
+            "no toolkit: nothing compiles",
+        ),
         (cuda(peers=[[True, False], [False, True]]), "peer access", "note", "not between GPUs 0-1"),
         (HUNG, "CuPy", "wrong", "no answer within 20 s"),
         (failed("", -6, stderr="terminate called"), "CuPy", "wrong", "terminate called"),

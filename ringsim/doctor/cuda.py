@@ -79,6 +79,7 @@ def _libraries(facts: dict[str, Any], *, needed: bool, seen: gpu.Seen) -> list[F
     fused = "fused attention falls back on ringsim's own kernels"
     wanted = (
         ("NVRTC", "nvrtc", "nothing compiles", "wrong", extra(seen)),
+        ("CUDA headers", "headers", "nothing compiles", "wrong", f"{extra(seen)}, or set CUDA_PATH to a CUDA toolkit"),
         ("cuDNN frontend", "cudnn_frontend", fused, "note", f"{extra(seen)}"),
         ("cuDNN", "cudnn", fused, "note", f"{extra(seen)}"),
         ("NCCL", "nccl", "--transport nccl cannot be used", "note", "pip install nvidia-nccl-cu13 (or -cu12, as CuPy)"),
@@ -90,7 +91,10 @@ def _libraries(facts: dict[str, Any], *, needed: bool, seen: gpu.Seen) -> list[F
             found.append(Finding(subject="cuda", name=name, fact=_version(key, value), differing="note"))
             continue
         why = facts.get("failed", {}).get(key, "not there")
-        bad: Status = "ok" if not needed else "wrong" if status == "wrong" else "note"
+        if not needed:
+            found.append(Finding(subject="cuda", name=name, fact=f"not there, and not needed without a GPU ({why})"))
+            continue
+        bad: Status = "wrong" if status == "wrong" else "note"
         found.append(Finding(subject="cuda", name=name, fact=f"{why}: {effect}", status=bad, remedy=remedy))
     return found
 

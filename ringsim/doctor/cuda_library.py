@@ -19,6 +19,7 @@ def describe() -> dict[str, Any]:
         "devices": lambda: [runtime.deviceGetPCIBusId(device) for device in range(runtime.getDeviceCount())],
         "peers": lambda: _peers(runtime),
         "nvrtc": _nvrtc,
+        "headers": _headers,
         "nccl": _nccl,
         "cudnn_frontend": _frontend,
         "cudnn": _cudnn,
@@ -41,6 +42,16 @@ def _nvrtc() -> str:
     from cupy.cuda import nvrtc
 
     return ".".join(map(str, nvrtc.getVersion()))
+
+
+def _headers() -> str:
+    """Where CuPy looks for them too: without them it compiles no kernel, not even one that includes nothing."""
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    found = find_nvidia_header_directory("cudart")
+    if found is None:
+        raise FileNotFoundError("CuPy finds neither nvidia-cuda-runtime nor a CUDA toolkit")
+    return str(found)
 
 
 def _nccl() -> int:

@@ -70,7 +70,7 @@ class MpiTransport:
         self.oversubscribed = False
         self._comm, duplicated = comm.Idup()
         self._finish(duplicated, "duplication of the communicator", ())
-        self.library: str = self._mpi.Get_library_version().split("\n")[0].strip("\x00 ")
+        self.library: str = " ".join(self._mpi.Get_library_version().split("\n")[0].strip("\x00 ").split())
         self._requests: list[Any] = []
         self._handles: list[Handle] = []
         self._peers: list[int] = []

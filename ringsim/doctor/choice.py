@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..transport import Transport
-from . import answers, cuda, gpu
+from . import answers, cuda, flavours, gpu
 from .system import System
 
 
@@ -60,4 +60,5 @@ def _cupy(system: System) -> str:
 def _transport(transport: Transport) -> str:
     if transport.name == "loopback":
         return "transport: one process without a launcher keeps its messages to itself"
-    return f"transport: a launcher started {transport.world_size} ranks of {transport.library}"
+    library = flavours.of_library(transport.library) or transport.library
+    return f"transport: a launcher started {transport.world_size} ranks of {library}"

@@ -71,12 +71,12 @@ def test_cudnn_plans_all_that_is_asked_of_it_and_nothing_that_is_not(planned):
 def test_the_deterministic_backward_pass_stores_what_is_said(planned):
     case = {
         "dtype": "bfloat16",
-        "shape": (1, 4096, 4096, 4, 4, 128, 128),
+        "shape": (1, 4096, 4096, 1, 1, 128, 128),
         "band": (0, 1, 1, 0, None),
         "room": 0,
         "backward": True,
     }
-    scores = 4 * 4096 * 4096 * 2
+    scores = 4096 * 4096 * 2
     cases = [case | {"arch": arch, "most_scores": most} for arch in ARCHS for most in (scores, scores - 1)]
     found = dict(zip([(one["arch"], one["most_scores"]) for one in cases], planned(cases), strict=True))
     for arch in (80, 89, 90, 120):

@@ -158,7 +158,7 @@ def exports(target: Path) -> list[str]:
         "I_MPI_FABRICS": "shm",
         "I_MPI_PIN": 0,
         "I_MPI_OFFLOAD": 1,
-        "I_MPI_OFFLOAD_RUNTIME": "cuda",
+        "I_MPI_OFFLOAD_MODE": "cuda",
     }
     intel = " ".join(["env", *(f"{name}={value}" for name, value in variables.items()), f"{impi}/bin/mpiexec.hydra"])
     found = [f"export PYTHONPATH={target}"]

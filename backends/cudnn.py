@@ -61,7 +61,8 @@ class CudnnTiles:
     added): one fused call over all keys rounds once in all. `lse` is float32. A graph is planned and built when a shape of tile
     is first met, with workspace for it; later ones only launch. cuDNN's deterministic algorithms are asked for; where these
     store the score gradients of a whole tile (compute capability 8.x, 9.x, 12.x), then up to `most_scores_nbytes`; above it dQ is
-    summed in order on Hopper from cuDNN 9.25 on (slower, says its frontend), and elsewhere the tile is refused (`unfit`).
+    summed in order on Hopper from cuDNN 9.25 on (slower, says its frontend). Elsewhere the tile is computed by sequences and
+    heads, and refused (`unfit`) where those of one key/value head are beyond it.
 
     What travels in a ring is delta, and cuDNN's backward pass takes o in its place: of it only rowsum(o * dout) enters, in
     float32 (`CompositeSDPABackwardNode::expand_node`, "dO * o => softmax_sum"; dropout and sink tokens use the same sums), so a

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from . import agreement
 from .communicators import close
-from .errors import RingsimError, TransportError
+from .errors import DeviceError, RingsimError, TransportError
 from .execution import Backend
 from .transport import Transport
 
@@ -66,7 +66,7 @@ def engine_of(
         if transport not in ("auto", control.name):
             raise TransportError(f"transport {transport!r} moves device memory; backend 'numpy' has none: use auto or mpi")
         return _on_host(control, threads)
-    return _on_device(control, transport, peers)
+    return _on_device(control, transport, threads, peers)
 
 
 def _on_host(control: Transport, threads: int | None) -> Engine:
@@ -82,12 +82,13 @@ def _on_host(control: Transport, threads: int | None) -> Engine:
     )
 
 
-def _on_device(control: Transport, transport: str, peers: Callable[[], Iterable[int]] | None) -> Engine:
+def _on_device(control: Transport, transport: str, threads: int | None, peers: Callable[[], Iterable[int]] | None) -> Engine:
     from ringsim.backends.cuda_devices import device_of, tiles_on
     from ringsim.backends.cupy import CupyBackend
     from ringsim.backends.cupy_calls import CupyCalls
     from ringsim.backends.device_transports import choose
 
+    _on_every_rank(control, lambda: _check_threads(threads))
     calls = _on_every_rank(control, lambda: CupyCalls(device_of(control)))
     made = _on_every_rank(control, lambda: CupyBackend(calls, tiles_on(calls)))
     facts = _on_every_rank(control, calls.facts) | {"fused": [one.name for one in made.tiles]}
@@ -104,6 +105,11 @@ def _on_device(control: Transport, transport: str, peers: Callable[[], Iterable[
     facts["transports_refused"] = {refused.name: refused.why for refused in chosen.tried}
     said = chosen.reason + (f"; up to {most} ranks share a GPU, and its time" if most > 1 else "")
     return Engine(backend=made, transport=chosen.transport, control=control, said=said, facts=facts)
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None:
+        raise DeviceError(f"threads is {threads}; backend 'cupy' computes on a GPU, and has none to give: leave it out")
 
 
 def _on_every_rank(control: Transport, make: Callable[[], Any]) -> Any:

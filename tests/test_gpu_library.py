@@ -277,6 +277,15 @@ def test_unknown_backends_and_transports():
         engine_of(endpoint, transport="ipc")
 
 
+def test_threads_are_of_the_host():
+    def rank(endpoint):
+        expected = (DeviceError, "threads is 2; backend 'cupy'") if endpoint.rank else (RankMismatch, "rank 1: threads is 2")
+        with pytest.raises(expected[0], match=expected[1]):
+            engine_of(endpoint, backend="cupy", threads=2 if endpoint.rank else None)
+
+    spawn(2, rank)
+
+
 def test_a_rank_without_a_gpu_is_told_and_the_others_of_it(monkeypatch):
     paper_machine(monkeypatch, ["a", "b"])
     found = cupy_calls.CupyCalls

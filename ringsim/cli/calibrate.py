@@ -18,7 +18,7 @@ from ..dtypes import ALIASES, ATTENTION, canonical
 from ..engine import Engine, engine_of
 from ..errors import MissingDependency
 from ..lowering import Blocking
-from .measure import BACKEND, MOVED_BY
+from .measure import BACKEND, MOVED_BY, threads_of
 from .running import agree, facts
 from .session import check_outputs, console, on_leader, open_transport, progress, write_outputs
 
@@ -64,7 +64,7 @@ def calibrate(
     on_leader(transport, lambda: check_outputs(output, json_path))
     names = dict.fromkeys(canonical(dtype) for dtype in dtypes)
     kernels = [Kernel(dtype=dtype, head_dim=dim) for dtype in names for dim in sorted(set(head_dims))]
-    engine = engine_of(transport, backend=backend, transport=moved_by, threads=1)
+    engine = engine_of(transport, backend=backend, transport=moved_by, threads=threads_of(backend))
     with progress("calibrating", len(kernels) + (2 if backend == "numpy" else 3)) as advance:
         values = (_of_cpus if backend == "numpy" else _of_gpus)(engine, kernels, advance)
     text = to_yaml(values)

@@ -31,11 +31,16 @@ MOVED_BY = click.option(
 )
 
 
+def threads_of(backend: str) -> int | None:
+    """Threads of each rank where none are asked for: one on a CPU, of a GPU none."""
+    return 1 if backend == "numpy" else None
+
+
 @click.command()
 @CHECK
 @BACKEND
 @MOVED_BY
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of each rank, of backend numpy.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each rank, of backend numpy alone. [default: 1]")
 @with_options(WORKLOAD, RUNS, OUTPUT)
 @click.pass_context
 def run(
@@ -44,7 +49,7 @@ def run(
     check: bool,
     backend: str,
     moved_by: str,
-    threads: int,
+    threads: int | None,
     repeats: int,
     warmup: int,
     seed: int,
@@ -59,7 +64,7 @@ def run(
     agree("run", transport, repeats=repeats, warmup=warmup, seed=seed, check=check, backend=backend, moved_by=moved_by)
     on_leader(transport, lambda: job.schedule(transport.world_size).partition)
     on_leader(transport, lambda: check_outputs(json_path, trace_path))
-    engine = engine_of(transport, backend=backend, transport=moved_by, threads=threads)
+    engine = engine_of(transport, backend=backend, transport=moved_by, threads=threads or threads_of(backend))
     done = measure(engine, job, repeats=repeats, warmup=warmup, seed=seed, timeout=timeout, check=check)
     out = console()
     if backend != "numpy":
@@ -109,8 +114,8 @@ def compare(
     transport = open_transport(timeout)
     agree("compare", transport, repeats=repeats, warmup=warmup, seed=seed, check=check, backend=backend)
     on_leader(transport, lambda: check_outputs(json_path, trace_path))
-    named = ctx.params["transport"]
-    engine = engine_of(transport, backend=backend, transport=(named or "auto") if backend == "cupy" else "auto", threads=1)
+    moved_by = (ctx.params["transport"] or "auto") if backend == "cupy" else "auto"
+    engine = engine_of(transport, backend=backend, transport=moved_by, threads=threads_of(backend))
     on = on_leader(transport, lambda: _machine(ctx, topology_name, engine if backend == "cupy" else None))
     partition = on_leader(transport, lambda: job.schedule(transport.world_size, on).partition)
     job = replace(job, partition=partition)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from typing import Any, Final
 
 from .system import Ran
@@ -14,6 +16,15 @@ SILENT: Final = "no answer"
 def by_hand(module: str) -> str:
     """What to do about one."""
     return f"run `python -m ringsim.doctor.{module}` by hand, or give it longer: ringsim doctor --timeout 120"
+
+
+def tell(describe: Callable[[], dict[str, Any]]) -> None:
+    """Write the facts of a program, or the type and text of what stood in the way."""
+    try:
+        facts = describe()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what is asked for
+        facts = {"error": type(error).__name__, "text": str(error)}
+    sys.stdout.write(json.dumps(facts) + "\n")
 
 
 def read(ran: Ran) -> dict[str, Any]:

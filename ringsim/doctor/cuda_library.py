@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from typing import Any
+
+from . import answers
 
 
 def describe() -> dict[str, Any]:
@@ -74,14 +74,5 @@ def _cudnn() -> int:
     return int(cudnn.backend_version())
 
 
-def main() -> None:
-    """Write the facts, or the type and text of what stood in the way."""
-    try:
-        facts = describe()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what is asked for
-        facts = {"error": type(error).__name__, "text": str(error)}
-    sys.stdout.write(json.dumps(facts) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    answers.tell(describe)

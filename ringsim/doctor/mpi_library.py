@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
+
+from . import answers
 
 
 def describe() -> dict[str, Any]:
@@ -33,14 +33,5 @@ def _files() -> list[str]:
     return sorted(path for path in paths if re.search(r"/lib(mpi|ucp|uct|fabric|pmix?)[^/]*\.so", path))
 
 
-def main() -> None:
-    """Write the facts, or the type and text of what stood in the way."""
-    try:
-        facts = describe()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what is asked for
-        facts = {"error": type(error).__name__, "text": str(error)}
-    sys.stdout.write(json.dumps(facts) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    answers.tell(describe)

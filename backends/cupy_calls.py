@@ -251,8 +251,9 @@ class CupyCalls:
             "memory_nbytes": int(properties["totalGlobalMem"]),
             # CuPy gives the uuid up to its first byte that is 0: its place on the host tells GPUs apart all the same
             "uuid": f"{self._runtime.deviceGetPCIBusId(self.device)}/{properties['uuid'].hex()}",
-            "driver": self._runtime.driverGetVersion(),
-            "runtime": self._runtime.runtimeGetVersion(),
+            # of CUDA: what the driver supports, and what is used
+            "cuda_driver": self._runtime.driverGetVersion(),
+            "cuda_runtime": self._runtime.runtimeGetVersion(),
             "nvrtc": compiler,
             "cupy": self._cupy.__version__,
         }

@@ -59,7 +59,7 @@ def engine_of(
         return Engine(backend=backend, transport=control, control=control, said=f"transport {control.name}: as given")
     agreement.same_settings(control, {"backend": backend, "transport": transport})
     if backend not in BACKENDS:
-        raise TransportError(f"backend is {backend!r}; there are {', '.join(BACKENDS)}")
+        raise DeviceError(f"backend is {backend!r}; there are {', '.join(BACKENDS)}")
     if transport not in TRANSPORTS:
         raise TransportError(f"transport is {transport!r}; there are {', '.join(TRANSPORTS)}")
     if backend == "numpy":

@@ -147,7 +147,9 @@ SMALL_OBJECTS = 4096
 def test_the_feed_forward_holds_its_result_and_the_hidden_units_of_a_block(layer, times, rows):
     width, block = 48, 16
     held = layer.held_nbytes(rows, width, times * width, block)
-    for measured, nbytes in zip(layer.peaks(rows, width, times * width, block, np.random.default_rng(0)), held, strict=True):
+    # what other threads of the test's process allocate meanwhile can only add to a peak
+    runs = [layer.peaks(rows, width, times * width, block, np.random.default_rng(0)) for _ in range(3)]
+    for measured, nbytes in zip(map(min, zip(*runs, strict=True)), held, strict=True):
         assert 0 <= measured - nbytes < SMALL_OBJECTS
     hidden = rows * times * width * 8
     assert held[0] == rows * width * 8 + block * (times * width + 2 * width) * 8

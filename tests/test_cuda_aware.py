@@ -120,9 +120,12 @@ def test_what_speaks_against_it_is_named_with_a_remedy(library, environment, var
     assert all(hint.startswith(variable) and "set " in hint for hint, variable in zip(found, variables, strict=True))
 
 
-def test_no_flavour_is_imported_with_the_module():
+def test_no_flavour_is_imported_with_the_module(tmp_path):
     code = "import ringsim.backends.cuda_aware, sys; print(*[m for m in ('mpi4py', 'cupy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    # in a folder that holds no second copy of the package
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, cwd=tmp_path
+    )
     assert done.stdout.split() == []
 
 

@@ -5,13 +5,15 @@ import pytest
 from ringsim.backends.cuda_clocks import clocks_of
 
 BUS = "0000:18:00.0"
+CLOCKS = {"driver_version": "580.159.04", "sm_mhz": 1980, "memory_mhz": 3201, "most_sm_mhz": 1980}
 
 
 @pytest.mark.parametrize(
     ("script", "found"),
     [
-        ('echo "1980, 3201, 1980"', {"sm_mhz": 1980, "memory_mhz": 3201, "most_sm_mhz": 1980}),
-        ('echo "345, [N/A], 1980"', {"unknown": "nvidia-smi (exit 0): '345, [N/A], 1980'"}),
+        ('echo "1980, 3201, 1980, 580.159.04"', CLOCKS),
+        ('echo "345, [N/A], 1980, 580.159.04"', {"unknown": "nvidia-smi (exit 0): '345, [N/A], 1980, 580.159.04'"}),
+        ("echo", {"unknown": "nvidia-smi (exit 0): ''"}),
         ('echo "No devices were found"; exit 6', {"unknown": "nvidia-smi (exit 6): 'No devices were found'"}),
         ('echo "Failed to initialize NVML" >&2; exit 255', {"unknown": "nvidia-smi (exit 255): 'Failed to initialize NVML'"}),
     ],

@@ -269,7 +269,7 @@ def test_ranks_whose_arrays_lie_in_different_memories_are_told():
 
 def test_unknown_backends_and_transports():
     endpoint = World(1).endpoint(0)
-    with pytest.raises(TransportError, match="backend is 'cuda'; there are numpy, cupy"):
+    with pytest.raises(DeviceError, match="backend is 'cuda'; there are numpy, cupy"):
         engine_of(endpoint, backend="cuda")
     with pytest.raises(TransportError, match="transport is 'ucx'; there are auto, mpi, mpi-staged, ipc, nccl"):
         engine_of(endpoint, backend="cupy", transport="ucx")

@@ -236,7 +236,7 @@ class TimedCalls:
             "units": self.world.device(self.fiber.rank).units,
             "memory_nbytes": self.world.memory_nbytes,
             "uuid": f"{self.world.placed[self.fiber.rank]:032x}",
-            "driver": 13000,
+            "cuda_driver": 13000,
             "nvrtc": (13, 0),
         }
 

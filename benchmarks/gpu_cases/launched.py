@@ -31,7 +31,14 @@ class Ranks:
         """Run one ringsim command; None, or what it said where it failed."""
         words = [*self.launcher, "-n", str(self.count), sys.executable, "-m", "ringsim", *arguments]
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            # not in the repository, whose folder `ringsim` is no whole package
+            cwd=self.folder,
         )
         try:
             said, _ = process.communicate(timeout=self.limit_s)

@@ -75,7 +75,7 @@ def test_every_figure_names_its_source(apart, together):
 
 def test_notes_say_what_the_figures_depend_on(apart):
     notes = apart["notes"]
-    assert (notes["driver"], notes["nvrtc"]) == (13000, [13, 0])
+    assert (notes["cuda_driver"], notes["nvrtc"]) == (13000, [13, 0])
     assert notes["transport_chosen"] == "transport paper: it is all there is"
     assert notes["taken_from_each_other"] == {"kernels": 0.1, "messages": 0.2}
     assert len(notes["hops between"]) == len(device_hops.HOP_NBYTES)

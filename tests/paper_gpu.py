@@ -40,6 +40,7 @@ class Event:
     """Complete when the stream that it was last recorded on has come so far."""
 
     def __init__(self):
+        self.stream = None
         self.turn = 0
         self.finished = 0
         self.at_s = 0.0
@@ -73,6 +74,9 @@ class Stream:
 
 class PaperGpu:
     """`Calls` with a seed for the order; `run` executes kernels (an Emulator's `launch`), `log` records what was called."""
+
+    lazy = False
+    """Whether a stream does nothing but what an event that is asked for needs: as late as can be."""
 
     def __init__(self, seed=0, *, run=None, eager=False):
         self.rng = random.Random(seed)
@@ -144,6 +148,7 @@ class PaperGpu:
     def record(self, stream, event=None):
         event = event or Event()
         event.turn += 1
+        event.stream = stream
         self._queue(stream, ("record", event, event.turn))
         return event
 
@@ -154,14 +159,14 @@ class PaperGpu:
     def done(self, event):
         self._raise()
         for _ in range(self.rng.choice((0, 0, 1, 3))):
-            self._step()
+            self._step(self._urgent(event))
         self._raise()
         return event.done
 
     def synchronize(self, event):
         self.log.append(("synchronize",))
         while not event.done:
-            if not self._step():
+            if not self._step(self._urgent(event)):
                 raise AssertionError("an event that nothing completes")
         self._raise()
 
@@ -205,9 +210,16 @@ class PaperGpu:
             if stream.queue and not (stream.queue[0][0] == "wait" and stream.queue[0][1].finished < stream.queue[0][2])
         ]
 
-    def _step(self):
+    def _urgent(self, event):
+        """Of a lazy device, the only stream that goes on: the one that an event waits for."""
+        stream = event.stream if self.lazy else None
+        while stream is not None and stream.queue and stream.queue[0][0] == "wait" and not stream.queue[0][1].done:
+            stream = stream.queue[0][1].stream
+        return stream
+
+    def _step(self, only=None):
         """Do one thing that may be done now; whether there was one."""
-        ready = self._ready()
+        ready = [stream for stream in self._ready() if only is None or stream is only]
         if not ready:
             return False
         kind, what, turn = self.rng.choices(ready, [stream.speed for stream in ready])[0].queue.popleft()

@@ -28,7 +28,7 @@ class NcclGpu(PaperGpu):
     def synchronize(self, event):
         limit = time.monotonic() + PATIENCE_S
         while not event.done:
-            self._step()
+            self._step(self._urgent(event))
             assert time.monotonic() < limit, "the host waits for ever"
             time.sleep(0)
 

@@ -176,6 +176,8 @@ def astray(data):
 @pytest.mark.parametrize("kind", ["ipc", "nccl", "mpi-staged"])
 def test_a_transport_that_fails_its_proof_is_an_error(kind, monkeypatch):
     monkeypatch.setattr("ringsim.backends.track.Track.finished", hurried)
+    # what nobody waits for does not happen
+    monkeypatch.setattr(NcclGpu, "lazy", True)
     message = refused(Ranks(2, gpus=2).choose(kind, timeout_s=2.0))
     assert f"transport {kind} does not move device memory as it should" in message
 

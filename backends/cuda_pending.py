@@ -21,7 +21,9 @@ class Partials:
         batch, rows, heads, width = shape
         statistics = pending.state[1].dtype
         nbytes, beside = batch * rows * heads * width * ITEMSIZE[dtype], batch * rows * heads * statistics.itemsize
-        if self.ledger.full(pending, nbytes, ITEMSIZE[dtype]):
+        # one pass takes partials of one dtype: those of another fused kernel may have another
+        other = bool(pending.partials) and pending.partials[-1].out.dtype != numpy_dtype(dtype)
+        if other or self.ledger.full(pending, nbytes, ITEMSIZE[dtype]):
             self.fold(pending)
         memory = self.ledger.room(pending, nbytes, beside)
         out = memory[:nbytes].view(numpy_dtype(dtype)).reshape(batch, rows, heads, width)

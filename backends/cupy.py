@@ -24,6 +24,8 @@ from ringsim.tile import Tile
 
 Fetch = Callable[[Region], DeviceArray]
 TRANSPOSED: Final = (1, 0, 2, 3)
+KERNELS: Final = ("reset", "attend", "finish", "merge", "pack", "delta", "clear", "accumulate", "cast", "attend_backward")
+"""What is launched: each has a method of its name."""
 
 
 class CupyBackend:
@@ -56,8 +58,11 @@ class CupyBackend:
         return self._partials.ledger.pool.nbytes + sum(one.nbytes for one in self.tiles)
 
     def state(self) -> dict[str, Any]:
-        """What of the device changes from run to run: its clocks."""
-        return {"clocks": self.calls.clocks()}
+        """What changes from run to run: the device's clocks, and what the fused kernels have planned."""
+        found: dict[str, Any] = {"clocks": self.calls.clocks()}
+        for fused in self.tiles:
+            found |= fused.facts()
+        return found
 
     def view(self, name: str, value: Any) -> DeviceArray:
         """An argument as an array of this device that shares its memory. Raises ArrayError where it lies elsewhere."""
@@ -94,10 +99,10 @@ class CupyBackend:
 
     def footprint(self, schedule: Schedule, rank: int) -> Footprint:
         """What a rank holds while it runs the schedule, by the memory model: what tiles make is scratch."""
-        return weigh(schedule, rank, partial=self._partial(schedule.workload.dtype))
-
-    def _partial(self, dtype: str) -> str:
-        return max((one.partial(dtype) for one in self.tiles), key=lambda name: ITEMSIZE[name])
+        work = schedule.workload
+        widths, backward = (work.head_dim, work.v_head_dim), work.pass_ == "backward"
+        able = [one for one in self.tiles if one.refuses(work.dtype, widths, None, backward=backward) is None]
+        return weigh(schedule, rank, partial=(able or self.tiles)[0].partial(work.dtype))
 
     def empty(self, nbytes: int) -> DeviceArray:
         """Device memory, as a flat uint8 array."""
@@ -150,7 +155,7 @@ class CupyBackend:
             self._partials.fold(pending)
             writes += pending.places
             self._launches += 1
-        run: Callable[[Compute, Fetch, float], None] = getattr(self, f"_{op.kernel}", self._unknown)
+        run: Callable[[Compute, Fetch, float], None] = getattr(self, f"_{op.kernel if op.kernel in KERNELS else 'unknown'}")
         run(op, fetch, scale)
         mark = self._order.mark(first, op.reads, writes, idle=not self._launches)
         poll()

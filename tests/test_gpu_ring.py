@@ -14,8 +14,8 @@ from paper_tiles import PaperTiles
 from ringsim.backends.cuda_attend import OwnTiles
 from ringsim.backends.cupy import CupyBackend
 from ringsim.errors import DeviceError
-from ringsim.mask import Causal
-from ringsim.schedule import Schedule
+from ringsim.mask import Causal, Window
+from ringsim.schedule import Compute, Schedule
 from ringsim.schedule.registry import STRATEGIES
 from ringsim.workload import Workload
 
@@ -191,6 +191,40 @@ def test_half_precision_partials_keep_to_the_rule():
         problem = Problem.of(schedule.workload, 6)
         found = Ring.of(schedule, tiles=lambda gpu: (PaperTiles(gpu, half=True),)).run(*problem.arrays)
         check_agrees(schedule.workload, problem, found)
+
+
+class Picky(PaperTiles):
+    """Half-precision partials, as cuDNN's, of the tiles that it takes: those with as many queries as keys."""
+
+    def unfit(self, arrays, band):
+        return "it wants as many queries as keys" if arrays[0].shape[1] != arrays[1].shape[1] else None
+
+
+@pytest.mark.parametrize(("strategy", "partition"), RUNS)
+def test_fused_kernels_with_partials_of_different_dtypes_share_a_state(strategy, partition):
+    """What one kernel refuses another computes, and gives in float32 what the first gives in half precision."""
+    schedule = of_pass(small(strategy, partition, dtype="bfloat16", q_len=64, head_dim=16, mask=Causal() & Window(20)), "both")
+    problem = BackwardProblem.of(of_pass(schedule, "forward").workload, 5)
+    arrays = problem.q, problem.k, problem.v
+    ring = Ring.of(schedule, tiles=lambda gpu: (Picky(gpu, half=True), PaperTiles(gpu)))
+    found = ring.run(*arrays, dout=problem.dout)
+    check_agrees(schedule.workload, Problem.of_arrays(schedule.workload, arrays), found)
+
+
+def test_the_memory_model_takes_the_partials_of_the_kernel_that_is_used():
+    schedule = small(dtype="bfloat16", q_len=64, world_size=6)
+    ring = Ring.of(schedule, tiles=lambda gpu: (PaperTiles(gpu, half=True), PaperTiles(gpu)))
+    ring.run(*Problem.of(schedule.workload, 1).arrays)
+    for number, rank in enumerate(ring.ranks):
+        assert rank.backend.nbytes == rank.backend.footprint(schedule, number).classes["scratch"] > 0
+
+
+def test_a_kernel_that_is_none_is_named():
+    backend = Ring.of(small()).ranks[0].backend
+    for kernel in ("gradients", "quantise"):
+        op = Compute(id=7, step=0, phase="x", kernel=kernel, reads=(), writes=())
+        with pytest.raises(DeviceError, match=f"backend 'cupy' has no kernel '{kernel}' \\(op 7\\)"):
+            backend.compute(op, None, scale=1.0, poll=lambda: None)
 
 
 def test_no_fused_kernel_for_a_tile_says_why_each_refuses():

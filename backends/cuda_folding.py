@@ -10,9 +10,8 @@ from ringsim.backends.cuda import DeviceArray, Launch
 from ringsim.backends.cuda_strides import WIDEST, Place, aligned, dense, elements, lanes_of, place_of, rows_launch
 from ringsim.dtypes import accumulator
 from ringsim.errors import ArrayError
+from ringsim.partials import MOST_PARTIALS
 
-MOST_PARTIALS: Final = 8
-"""Partial results that one launch folds; `partials.cuh` has as many slots."""
 Ranges = tuple[int, int]
 
 

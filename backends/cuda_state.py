@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from ringsim.backends.cuda import Calls, DeviceArray, Stream
 from ringsim.backends.cuda_folding import (
-    MOST_PARTIALS,
     Folding,
     Partial,
     State,
@@ -24,7 +23,7 @@ from ringsim.backends.cuda_strides import axes_of, place_of, record
 from ringsim.backends.cuda_variants import KERNELS, UNITS, Types, columns_of, delta_types, merge_types, pair_types, variant
 from ringsim.errors import ArrayError
 
-__all__ = ["KERNELS", "MOST_PARTIALS", "Partial", "State", "StateKernels"]
+__all__ = ["KERNELS", "Partial", "State", "StateKernels"]
 MOST_WIDTH: Final = 2**16 - 2
 """Elements of a row that `stand_in.cu` can number."""
 

@@ -22,7 +22,7 @@ from .workload import Workload
 MOST_PENDING: Final = 4
 """Partial outputs, in whole outputs, that wait at most: a pass over a state costs as much as four of bfloat16, and memory."""
 MOST_PARTIALS: Final = 8
-"""Partial outputs that one pass folds in at most: they are arguments of a kernel."""
+"""Partial outputs that one pass folds in at most: `backends/kernels/partials.cuh` has as many slots."""
 ALIGNMENT: Final = 256
 """Bytes to which what shares a piece of memory is aligned."""
 OWN_STATE: Final = ("reset", "attend", "finish")

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringsim.backends.cuda_state import MOST_PARTIALS, Partial, State, StateKernels
+from ringsim.backends.cuda_state import Partial, State, StateKernels
 from ringsim.backends.numpy_state import _merge_rows
 from ringsim.dtypes import numpy_dtype
 from ringsim.errors import ArrayError
+from ringsim.partials import MOST_PARTIALS
 
 from .emulator import Canaries, Immediate, needs_compiler
 from .kernel_layouts import SEEDS, WIDTHS, exact, layouts, numbers, placed, room, step

@@ -33,10 +33,10 @@ def tiles_on(calls: CupyCalls) -> tuple[Tiles, ...]:
     from ringsim.backends.cuda_attend import OwnTiles
 
     own: Tiles = OwnTiles(calls, plain=calls.capability < TENSOR_CORES)
+    most = int(calls.facts()["memory_nbytes"]) // SCORES
     try:
         from ringsim.backends.cudnn import CudnnTiles
 
-        most = int(calls.facts()["memory_nbytes"]) // SCORES
         return CudnnTiles(calls, capability=calls.capability, most_scores_nbytes=most), own
     except MissingDependency:
         # what is used then stands in the facts of every measurement, and in what `ringsim doctor` says

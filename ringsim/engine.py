@@ -92,8 +92,6 @@ def _on_device(control: Transport, transport: str, threads: int | None, peers: C
     calls = _on_every_rank(control, lambda: CupyCalls(device_of(control)))
     made = _on_every_rank(control, lambda: CupyBackend(calls, tiles_on(calls)))
     facts = _on_every_rank(control, calls.facts) | {"fused": [one.name for one in made.tiles]}
-    for fused in made.tiles:
-        facts |= fused.facts()
     gpus = list(zip(control.hosts, control.allgather(facts["uuid"]), strict=True))
     facts["ranks_on_device"] = gpus.count(gpus[control.rank])
     if control.world_size == 1:

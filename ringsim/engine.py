@@ -21,7 +21,7 @@ TRANSPORTS: Final = ("auto", "mpi", "mpi-staged", "ipc", "nccl")
 class Engine:
     """One rank's backend and transport; `said` is the sentence that names the transport and why it was chosen.
 
-    `facts` are what a measurement depends on: of a device its name, clocks, driver and libraries.
+    `facts` are what a measurement depends on: of a device its name and place, driver and libraries.
     """
 
     backend: Backend

@@ -8,9 +8,10 @@ from typing import Any, Final
 import numpy as np
 
 from ringsim.backends.cuda import DeviceArray, Kernel
-from ringsim.backends.cuda_state import MOST_PARTIALS, Partial, State, StateKernels
+from ringsim.backends.cuda_state import Partial, State, StateKernels
 from ringsim.backends.cuda_variants import KERNELS
 from ringsim.dtypes import numpy_dtype
+from ringsim.partials import MOST_PARTIALS
 
 from .bench import Bench
 from .record import Record
